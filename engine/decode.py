@@ -1,0 +1,106 @@
+"""One decode step for all rows at once, over the static cache, with packed projections."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from engine.kv_cache import KVCache
+from engine.policy import Policy, RMSNorm, rope_tables
+
+
+def packed(*linears: nn.Linear) -> tuple[Tensor, Tensor | None]:
+    """The linears' weights (and biases) as one tensor, without a copy.
+
+    The first call lays the parameters side by side in one storage and makes each a view of it;
+    optimizer steps and loads write through, so later calls only look.
+    """
+    return _side_by_side([m.weight for m in linears]), (
+        None if linears[0].bias is None else _side_by_side([m.bias for m in linears])
+    )
+
+
+def _side_by_side(parameters: list[nn.Parameter]) -> Tensor:
+    first = parameters[0]
+    storage, offset = first.untyped_storage().data_ptr(), first.storage_offset()
+    for p in parameters:
+        adjacent = p.untyped_storage().data_ptr() == storage and p.storage_offset() == offset
+        if not (adjacent and p.is_contiguous()):
+            break
+        offset += p.numel()
+    else:
+        rows = sum(len(p) for p in parameters)
+        return first.detach().as_strided((rows, *first.shape[1:]), first.stride())
+    joined = torch.cat([p.detach() for p in parameters])
+    for p, view in zip(parameters, joined.split([len(p) for p in parameters]), strict=True):
+        p.data = view
+    return joined
+
+
+class Decoder:
+    """Decodes rows of the policy one token at a time.
+
+    Args:
+        policy: the policy; its weights are read, never copied.
+        cache: a filled KVCache.
+        positions: (R,) int64 position of each row's first suffix token.
+        steps: most tokens that will be decoded.
+    """
+
+    def __init__(self, policy: Policy, cache: KVCache, positions: Tensor, steps: int) -> None:
+        trunk = policy.model.language_model
+        self.policy, self.cache, self.positions = policy, cache, positions
+        self.norm: RMSNorm = trunk.norm
+        self.layers = [
+            (
+                layer.input_layernorm,
+                *packed(layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj),
+                layer.self_attn.o_proj,
+                layer.post_attention_layernorm,
+                *packed(layer.mlp.gate_proj, layer.mlp.up_proj),
+                layer.mlp.down_proj,
+            )
+            for layer in trunk.layers
+        ]
+        heads, kv_heads, head_dim = cache.heads, cache.kv_heads, cache.head_dim
+        self.split = heads * head_dim, kv_heads * head_dim
+        cos, sin = rope_tables(policy.config, int(positions.max()) + steps, positions.device)
+        # Queries and keys are rotated together; the queries' share of the tables carries the
+        # attention scale.
+        scale = torch.ones(heads + kv_heads, 1, device=cos.device)
+        scale[:heads] = head_dim**-0.5
+        half = head_dim // 2
+        self.cos = (cos[:, None] * scale).view(len(cos), -1, 2, half)
+        self.sin = (sin[:, None] * scale).view(len(sin), -1, 2, half)
+
+    @torch.no_grad()
+    def step(self, x: Tensor, slot: int) -> Tensor:
+        """Feed the token at suffix position `slot`.
+
+        Args:
+            x: (R, D) its embeddings.
+        Returns: (R, D) final-norm hidden states, which predict the next token.
+        """
+        cache, (q_width, kv_width) = self.cache, self.split
+        rows, half = len(x), cache.head_dim // 2
+        at = self.positions + slot
+        cos, sin = self.cos[at], self.sin[at]  # (R, Hq + Hkv, 2, hd / 2)
+        for index, (norm1, w_qkv, b_qkv, o_proj, norm2, w_up, b_up, down) in enumerate(self.layers):
+            qkv = F.linear(norm1(x), w_qkv, b_qkv)
+            qk = qkv[:, : q_width + kv_width].view(rows, -1, 2, half)
+            rotated = torch.addcmul(qk * cos, qk.flip(2), sin)
+            qkv[:, : q_width + kv_width].view_as(rotated).copy_(rotated)
+            kv = qkv[:, q_width:].view(rows, 2, cache.kv_heads, cache.head_dim)
+            cache.append(index, slot, kv)
+            q = qkv[:, :q_width].view(rows, cache.heads, cache.head_dim)
+            mixed = cache.attend(index, q, slot + 1)
+            x = _add_linear(x, mixed, o_proj)
+            gate, up = F.linear(norm2(x), w_up, b_up).chunk(2, -1)
+            x = _add_linear(x, F.silu(gate).mul_(up), down)
+        return self.norm(x)
+
+
+def _add_linear(x: Tensor, y: Tensor, linear: nn.Linear) -> Tensor:
+    """x + linear(y), the sum folded into the matrix product."""
+    if linear.bias is not None:
+        x = x + linear.bias
+    return torch.addmm(x, y, linear.weight.t())

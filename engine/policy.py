@@ -1,0 +1,349 @@
+"""The policy: a Llama-style decoder with Janus' text and image heads.
+
+One set of modules serves the training forward and decoding. Parameter names are those of
+transformers' `JanusForConditionalGeneration`, so a checkpoint maps one to one. Sequences are
+never padded on the left and no pad is ever attended: a batch of different lengths is
+right-padded, which a causal model cannot see.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import JanusConfig, PreTrainedTokenizerBase
+from transformers.models.janus.modeling_janus import JanusVQVAE
+
+from engine.errors import UserError
+from kernels import linear_logprobs
+
+
+def rope_tables(config: JanusConfig, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Rotary cosines and signed sines, each (length, head_dim) fp32.
+
+    The sine's first half is negated, so that `x * cos + swap_halves(x) * sin` rotates
+    (RoFormer, arXiv:2104.09864, in Llama's half-split layout).
+    """
+    text = config.text_config
+    parameters = text.rope_parameters
+    if parameters["rope_type"] != "default":
+        raise UserError(f"config.json: rope_type {parameters['rope_type']!r} is not supported")
+    head_dim = head_dimension(config)
+    exponent = torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim
+    inverse = 1.0 / parameters["rope_theta"] ** exponent
+    angles = torch.outer(torch.arange(length, device=device, dtype=torch.float32), inverse)
+    return angles.cos().repeat(1, 2), torch.cat((-angles.sin(), angles.sin()), -1)
+
+
+def head_dimension(config: JanusConfig) -> int:
+    """Width of one attention head."""
+    text = config.text_config
+    return getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Apply rotary embedding to x (..., head_dim); cos and sin broadcast against it."""
+    half = x.shape[-1] // 2
+    return x * cos + torch.cat((x[..., half:], x[..., :half]), -1) * sin
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm (arXiv:1910.07467), computed in fp32."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dtype == torch.float32:
+            return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        return self.weight * F.rms_norm(x.float(), self.weight.shape, None, self.eps).to(x.dtype)
+
+
+class Attention(nn.Module):
+    """Causal self-attention with rotary positions; MHA or GQA."""
+
+    def __init__(self, config: JanusConfig) -> None:
+        super().__init__()
+        text = config.text_config
+        self.head_dim = head_dimension(config)
+        self.heads, self.kv_heads = text.num_attention_heads, text.num_key_value_heads
+        bias = text.attention_bias
+        self.q_proj = nn.Linear(text.hidden_size, self.heads * self.head_dim, bias=bias)
+        self.k_proj = nn.Linear(text.hidden_size, self.kv_heads * self.head_dim, bias=bias)
+        self.v_proj = nn.Linear(text.hidden_size, self.kv_heads * self.head_dim, bias=bias)
+        self.o_proj = nn.Linear(self.heads * self.head_dim, text.hidden_size, bias=bias)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x (B, T, D) -> output (B, T, D) and this layer's k, v (B, Hkv, T, head_dim)."""
+        batch, length, _ = x.shape
+        q = self.q_proj(x).view(batch, length, self.heads, self.head_dim).transpose(1, 2)
+        k = self.k_proj(x).view(batch, length, self.kv_heads, self.head_dim).transpose(1, 2)
+        v = self.v_proj(x).view(batch, length, self.kv_heads, self.head_dim).transpose(1, 2)
+        q, k = rotate(q, cos, sin).to(x.dtype), rotate(k, cos, sin).to(x.dtype)
+        mixed = F.scaled_dot_product_attention(
+            q, k, v, is_causal=True, enable_gqa=self.heads != self.kv_heads
+        )
+        return self.o_proj(mixed.transpose(1, 2).reshape(batch, length, -1)), k, v
+
+
+class MLP(nn.Module):
+    """SwiGLU feed-forward (arXiv:2002.05202)."""
+
+    def __init__(self, width: int, hidden: int, bias: bool) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(width, hidden, bias=bias)
+        self.up_proj = nn.Linear(width, hidden, bias=bias)
+        self.down_proj = nn.Linear(hidden, width, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Layer(nn.Module):
+    """One pre-norm decoder layer."""
+
+    def __init__(self, config: JanusConfig) -> None:
+        super().__init__()
+        text = config.text_config
+        self.self_attn = Attention(config)
+        self.mlp = MLP(text.hidden_size, text.intermediate_size, text.mlp_bias)
+        self.input_layernorm = RMSNorm(text.hidden_size, text.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(text.hidden_size, text.rms_norm_eps)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        mixed, k, v = self.self_attn(self.input_layernorm(x), cos, sin)
+        x = x + mixed
+        return x + self.mlp(self.post_attention_layernorm(x)), k, v
+
+
+class LanguageModel(nn.Module):
+    """The trunk: token embedding, layers, final norm."""
+
+    def __init__(self, config: JanusConfig) -> None:
+        super().__init__()
+        text = config.text_config
+        self.embed_tokens = nn.Embedding(text.vocab_size, text.hidden_size)
+        self.layers = nn.ModuleList(Layer(config) for _ in range(text.num_hidden_layers))
+        self.norm = RMSNorm(text.hidden_size, text.rms_norm_eps)
+
+
+class Aligner(nn.Module):
+    """Maps a codebook vector to the trunk's width (Janus' generation aligner)."""
+
+    def __init__(self, config: JanusConfig) -> None:
+        super().__init__()
+        vq = config.vq_config
+        self.fc1 = nn.Linear(vq.embed_dim, vq.projection_dim)
+        self.hidden_layers = nn.ModuleList(
+            nn.Linear(vq.projection_dim, vq.projection_dim) for _ in range(1, vq.num_hidden_layers)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.fc1(x)
+        for layer in self.hidden_layers:
+            x = layer(F.gelu(x))
+        return x
+
+
+class ImageHead(nn.Module):
+    """Linear, GELU, Linear onto the image codebook."""
+
+    def __init__(self, config: JanusConfig) -> None:
+        super().__init__()
+        vq = config.vq_config
+        self.proj_out = nn.Linear(vq.image_token_embed_dim, vq.projection_dim)
+        self.vision_head = nn.Linear(vq.projection_dim, vq.num_embeddings)
+
+    def features(self, hidden: Tensor) -> Tensor:
+        """(..., D) -> the input of the last layer, in which guidance is linear."""
+        return F.gelu(self.proj_out(hidden))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.vision_head(self.features(hidden))
+
+
+class _Model(nn.Module):
+    """Groups the modules under transformers' name `model`."""
+
+    def __init__(self, config: JanusConfig) -> None:
+        super().__init__()
+        self.language_model = LanguageModel(config)
+        self.generation_embeddings = nn.Embedding(
+            config.vq_config.num_embeddings, config.vq_config.embed_dim
+        )
+        self.generation_aligner = Aligner(config)
+        self.generation_head = ImageHead(config)
+        self.vqmodel = JanusVQVAE(config.vq_config)
+
+
+class Policy(nn.Module):
+    """A Janus policy with its tokenizer.
+
+    Attributes:
+        config: transformers' JanusConfig.
+        tokenizer: the checkpoint's tokenizer; None only for models built from a bare config.
+        bos, eos, pad, image_start: special token ids.
+    """
+
+    def __init__(
+        self, config: JanusConfig, tokenizer: PreTrainedTokenizerBase | None = None
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.tokenizer = tokenizer
+        text = config.text_config
+        self.model = _Model(config)
+        self.lm_head = nn.Linear(text.hidden_size, text.vocab_size, bias=False)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.model.language_model.embed_tokens.weight
+        if tokenizer is not None:
+            self.bos, self.eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+            self.pad = tokenizer.pad_token_id
+            self.image_start = tokenizer.convert_tokens_to_ids("<begin_of_image>")
+        else:
+            self.bos, self.eos, self.pad, self.image_start = 0, 1, 2, 3
+        self._image_table: Tensor | None = None
+
+    @property
+    def device(self) -> torch.device:
+        return self.lm_head.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.lm_head.weight.dtype
+
+    @property
+    def image_tokens(self) -> int:
+        """Image tokens of one picture."""
+        return self.config.vq_config.num_patches**2
+
+    @property
+    def context_length(self) -> int:
+        return self.config.text_config.max_position_embeddings
+
+    def _apply(self, fn, recurse=True):  # noqa: ANN001, ANN202 - torch's signature
+        self._image_table = None
+        return super()._apply(fn, recurse)
+
+    def freeze_generation(self) -> None:
+        """Leave only the language model trainable, as T2I-R1 does."""
+        for name, parameter in self.named_parameters():
+            parameter.requires_grad_(name.startswith(("model.language_model.", "lm_head.")))
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """Trainable parameters by name, tied ones once."""
+        return {n: p for n, p in self.named_parameters() if p.requires_grad}
+
+    # Embeddings
+
+    def image_table(self) -> Tensor:
+        """aligner(codebook): (V_image, D), a constant table once `gen_*` is frozen."""
+        frozen = not self.model.generation_embeddings.weight.requires_grad
+        if frozen and self._image_table is not None:
+            return self._image_table
+        table = self.model.generation_aligner(self.model.generation_embeddings.weight)
+        if frozen:
+            self._image_table = table
+        return table
+
+    def embed_text(self, ids: Tensor) -> Tensor:
+        """(...,) int64 -> (..., D)."""
+        return self.model.language_model.embed_tokens(ids)
+
+    def embed_image(self, ids: Tensor) -> Tensor:
+        """(...,) int64 image tokens -> (..., D)."""
+        return F.embedding(ids, self.image_table())
+
+    # Forward
+
+    def hidden(self, embeds: Tensor) -> Tensor:
+        """Trunk forward. embeds (B, T, D), positions from 0 -> final-norm hidden (B, T, D)."""
+        trunk = self.model.language_model
+        cos, sin = rope_tables(self.config, embeds.shape[1], embeds.device)
+        x = embeds
+        for layer in trunk.layers:
+            x, _, _ = layer(x, cos, sin)
+        return trunk.norm(x)
+
+    def completion_hidden(
+        self, prompts: Sequence[Tensor], completions: Tensor, *, image: bool
+    ) -> Tensor:
+        """Hidden states that predict each completion token.
+
+        Args:
+            prompts: B tensors (L_i,) int64 text ids.
+            completions: (B, T) int64; image tokens if `image`, else text ids. Positions past a
+                row's own end may hold anything: a causal model does not see them earlier.
+        Returns: (B, T, D).
+        """
+        lengths = torch.tensor([len(p) for p in prompts], device=self.device)
+        batch, steps = completions.shape
+        # The last completion token predicts nothing that is scored, so it is not fed.
+        total = int(lengths.max()) + steps - 1
+        prompt_ids = nn.utils.rnn.pad_sequence(list(prompts), batch_first=True)
+        embeds = F.pad(self.embed_text(prompt_ids), (0, 0, 0, total - prompt_ids.shape[1]))
+        embed = self.embed_image if image else self.embed_text
+        offsets = lengths[:, None] + torch.arange(steps - 1, device=self.device)
+        rows = torch.arange(batch, device=self.device)[:, None]
+        embeds = embeds.index_put((rows, offsets), embed(completions[:, :-1]))
+        predict = lengths[:, None] - 1 + torch.arange(steps, device=self.device)
+        return self.hidden(embeds)[rows, predict]
+
+    def unconditional(self, prompt: Tensor) -> Tensor:
+        """[BOS, pad, ..., pad, image-start] of the prompt's length (design section 4)."""
+        ids = torch.full_like(prompt, self.pad)
+        ids[0], ids[-1] = self.bos, self.image_start
+        return ids
+
+    # Scoring
+
+    def text_logprobs(self, prompt_ids: Tensor, completion_ids: Tensor) -> Tensor:
+        """Log-probs of a text completion. (L,), (T,) int64 -> (T,) fp32 nats; differentiable."""
+        hidden = self.completion_hidden([prompt_ids], completion_ids[None], image=False)[0]
+        return linear_logprobs(hidden, self.lm_head.weight, completion_ids)
+
+    def image_logprobs(
+        self, prompt_ids: Tensor, image_ids: Tensor, cfg_weight: float | None = None
+    ) -> Tensor:
+        """Log-probs of image tokens under the conditional or the guided distribution.
+
+        Args:
+            prompt_ids: (L,) int64, ending with image-start.
+            image_ids: (N,) int64.
+            cfg_weight: None for the conditional distribution, a number for the guided one.
+        Returns: (N,) fp32 nats; differentiable.
+        """
+        prompts, targets = [prompt_ids], image_ids[None]
+        if cfg_weight is not None:
+            prompts, targets = [prompt_ids, self.unconditional(prompt_ids)], targets.repeat(2, 1)
+        head = self.model.generation_head
+        features = head.features(self.completion_hidden(prompts, targets, image=True))
+        mixed = features[0]
+        if cfg_weight is not None:
+            # The head's last layer is linear and the weights sum to one: mix before it.
+            mixed = torch.lerp(features[1].float(), features[0].float(), cfg_weight)
+        weight, bias = head.vision_head.weight, head.vision_head.bias
+        return linear_logprobs(mixed.to(weight.dtype), weight, image_ids, bias=bias)
+
+    @torch.no_grad()
+    def decode_images(self, image_ids: Tensor) -> Tensor:
+        """Image tokens to pixels. (B, N) int64 -> (B, 3, H, W) in [0, 1], the policy's dtype."""
+        return self.model.vqmodel.decode(image_ids).clamp(-1, 1).add(1).div(2)
+
+
+def load_policy(
+    path: str, *, dtype: torch.dtype | None = None, device: str | torch.device | None = None
+) -> Policy:
+    """Load a policy from a checkpoint folder, or "tiny" for the embedded default.
+
+    Args:
+        path: "tiny", or a folder in transformers' layout (`model_type: janus`).
+        dtype: None keeps the checkpoint's.
+        device: None is the CPU.
+    Raises: UserError naming the file and key that cannot be used.
+    """
+    from engine.weights import read_policy
+
+    return read_policy(path, dtype=dtype, device=device)
