@@ -13,7 +13,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from engine.errors import UserError
-from engine.pictures import write_atomically
+from engine.checkpoint import atomic_write_bytes
 
 METRICS_FILE = "metrics.jsonl"
 LINES_PER_RUN = 20  # progress lines where there is no terminal to redraw a bar on
@@ -90,7 +90,7 @@ class RunLogger:
         kept = [row for row in rows if row["step"] <= step]
         self._file.close()
         content = "".join(json.dumps(row) + "\n" for row in kept)
-        write_atomically(self.path, content.encode())
+        atomic_write_bytes(self.path, content.encode())
         self._file = self.path.open("a", encoding="utf-8")
         self._purge_step = step + 1
         self._done = len(kept)

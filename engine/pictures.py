@@ -1,12 +1,13 @@
 """Grids of pictures with the plan they were drawn from under each of them."""
 
 import io
-import os
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
+
+from engine.checkpoint import atomic_write_bytes
 
 MARGIN = 14  # pixels around and between the cells
 FONT_SIZE = 13
@@ -154,15 +155,14 @@ def save_grid(
     Raises: ValueError naming the argument, wanted and got.
     """
     png = grid_png(images, captions, columns=columns, scale=scale, title=title, scores=scores)
-    write_atomically(path, png)
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file so that a reader, or a kill, meets the old content or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    atomic_write_bytes(path, png)
+
+
+def save_picture(path: Path, image: torch.Tensor) -> None:
+    """Write one picture (3, H, W) float in [0, 1] as PNG, at its own size."""
+    pixels = image.detach().float().cpu().clamp(0, 1).mul(255).round().byte()
+    buffer = io.BytesIO()
+    Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(buffer, "PNG")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    atomic_write_bytes(path, buffer.getvalue())

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.errors import UserError
-from engine.pictures import write_atomically
+from engine.checkpoint import atomic_write_bytes
 from engine.report_data import Eval, Run, load_run, pair_rows
 from engine.report_hacking import (
     RULE,
@@ -319,7 +319,7 @@ def write_report(run_dir: Path) -> Path:
         )
     )
     path = run.folder / "report.html"
-    write_atomically(path, page(f"{run.folder.resolve().name} – training report", body).encode())
+    atomic_write_bytes(path, page(f"{run.folder.resolve().name} – training report", body).encode())
     return path
 
 

@@ -115,7 +115,10 @@ def relation_score(
 
 def asked_names(row: dict[str, Any]) -> list[str]:
     """The objects a prompt row asks for, with their attributes where it has them."""
-    return row.get("attr_nouns") or row["nouns"]
+    names = row.get("attr_nouns") or row.get("nouns")
+    if not names:
+        raise ValueError(f"prompt {row.get('prompt')!r} has neither 'attr_nouns' nor 'nouns'")
+    return names
 
 
 def existence_score(names: list[str], detections: Detections) -> float:

@@ -140,7 +140,7 @@ def _load_folder(folder: Path) -> Loaded:
 
 
 def _build(config: dict[str, Any]) -> CLIP | CustomTextCLIP:
-    """An uninitialised-in-spirit model: random weights, about to be overwritten."""
+    """The architecture, with random weights that are about to be overwritten."""
     config = dict(config)
     return (CustomTextCLIP if config.pop("custom_text", False) else CLIP)(**config)
 

@@ -32,7 +32,9 @@ class RewardHandle:
             main = torch.cuda.current_stream(scores.total.device)
             for tensor in (scores.total, *scores.by_expert.values()):
                 tensor.record_stream(main)
-        return scores
+        # The worker's tensors are inference tensors, which autograd refuses to save.
+        by_expert = {name: s.clone() for name, s in scores.by_expert.items()}
+        return Scores(scores.total.clone(), by_expert, scores.skipped)
 
 
 class RewardPipeline:

@@ -10,10 +10,12 @@ import torch
 import torch.nn.functional as F
 
 from engine.errors import UserError
-from engine.tiny import experts as experts_module
-from engine.tiny.experts import SceneReader, build_experts
+from engine.tiny import clip, scene_reader
+from engine.tiny.experts import build_experts
 from engine.tiny.judge import judge, read_scene
-from engine.tiny.prompts import TASK_TYPES, draw
+from engine.tiny.prompts import TASK_TYPES, corpus, draw
+from engine.tiny.scene_reader import SceneReader
+from engine.tiny.tokenizer import train_tokenizer
 from engine.tiny.world import BACKGROUND, Obj, corrupt, render
 
 ROOT = Path(__file__).parents[1]
@@ -117,10 +119,10 @@ def garbage():
 
 def test_garbage_scores_low_everywhere(world, exact):
     for images in garbage():
-        batch = images.expand(len(world[0]), -1, -1, -1)
-        assert judge(batch[:20], world[0][:20]).max() == 0
+        batch, rows = images.expand(70, -1, -1, -1), world[0][:70]
+        assert judge(batch[:20], rows[:20]).max() == 0
         for expert in exact:
-            assert scores(expert, batch, world[0]).max() < 0.1, expert.name
+            assert scores(expert, batch, rows).max() < 0.1, expert.name
 
 
 def test_experts_read_rendered_scenes(world, exact):
@@ -162,8 +164,8 @@ def test_reward_rises_with_each_thing_made_right(exact):
 
 def test_the_batch_is_analysed_once(world, monkeypatch):
     reader, calls = SceneReader(), []
-    real = experts_module._read
-    monkeypatch.setattr(experts_module, "_read", lambda x: calls.append(1) or real(x))
+    real = scene_reader._read
+    monkeypatch.setattr(scene_reader, "_read", lambda x: calls.append(1) or real(x))
     first = reader.read(world[2])
     assert reader.read(world[2]) is first
     assert reader.read(world[2].clone()) is not first
@@ -178,8 +180,40 @@ def test_bad_input_is_named(exact, tmp_path):
     row = {"prompt": "", "nouns": ["teapot"]}
     with pytest.raises(UserError, match="teapot"):
         scores(exact[1], torch.zeros(1, 3, 64, 64), [row])
+    with pytest.raises(UserError, match="teapot"):
+        judge(pictures([(Obj("star", "red"),)]), [row])
+    with pytest.raises(UserError, match="'a cat'"):
+        judge(torch.zeros(1, 3, 64, 64), [{"prompt": "a cat"}])
+    with pytest.raises(ValueError, match="'a cat'"):
+        scores(exact[1], torch.zeros(1, 3, 64, 64), [{"prompt": "a cat"}])
     with pytest.raises(ValueError, match="64"):
         scores(exact[1], torch.zeros(1, 3, 32, 32), [row])
+
+
+def test_wrong_captions_differ_in_what_they_claim():
+    rng = random.Random(0)
+    _, right, wrong, tasks = clip.draw_batch(200, rng, negatives=2)
+    assert len(wrong) == 400 and set(tasks) == set(TASK_TYPES)
+    for i, caption in enumerate(wrong):
+        assert caption != right[i // 2] and len(caption) > 5
+    row = "a red circle and a blue square"
+    lies = {clip.wrong_caption(row, rng) for _ in range(500)}
+    assert "a blue circle and a red square" in lies and row not in lies
+
+
+def test_trained_clip_loads_through_the_published_class(tmp_path, monkeypatch):
+    train_tokenizer(corpus()[:500], tmp_path)
+    monkeypatch.setattr(clip, "BATCH", 4)
+    monkeypatch.setattr(clip, "EVALUATED", 14)
+    lines: list[str] = []
+    accuracy = clip.train_clip(
+        tmp_path / "hps", tokenizer_path=tmp_path / "tokenizer.json", steps=2, log=lines.append
+    )
+    assert 0 <= accuracy["mean"] <= 1 and "held_out" in accuracy and lines
+    (expert,) = build_experts(["hps"], tmp_path, "cpu")
+    images, captions, _, _ = clip.draw_batch(4, random.Random(0))
+    answer = expert.score(captions, images, [{}] * 4)
+    assert answer.shape == (4,) and answer.std() > 0
 
 
 def test_judge_imports_nothing_of_the_rewards():
@@ -191,4 +225,4 @@ def test_judge_imports_nothing_of_the_rewards():
         elif isinstance(node, ast.Import):
             imported |= {alias.name for alias in node.names}
     ours = {m for m in imported if m.split(".")[0] in ("engine", "rewards", "kernels")}
-    assert ours == {"engine.tiny.world"}
+    assert ours == {"engine.errors", "engine.tiny.world"}

@@ -121,7 +121,7 @@ def test_two_of_a_kind_are_two_boxes():
 def test_suppression_compares_corners_within_a_label():
     centers = torch.tensor([[0.2, 0.5, 0.2, 0.2], [0.21, 0.5, 0.2, 0.2], [0.8, 0.5, 0.2, 0.2]])
     raw = from_centers(centers, ["cat"] * 3, torch.tensor([0.5, 0.9, 0.7]), image_size=SIZE)
-    torch.testing.assert_close(raw.boxes[0], LEFT - torch.tensor([0.0, 0, 0, 0]))
+    torch.testing.assert_close(raw.boxes[0], LEFT)
     kept = suppress(raw)
     assert kept.scores.tolist() == pytest.approx([0.9, 0.7])
     mixed = Detections(raw.boxes, ["cat", "dog", "cat"], raw.scores)
@@ -186,12 +186,13 @@ def test_bad_ensembles_are_refused(arguments, said):
 
 
 def test_pipeline_runs_beside_and_leaves_no_thread():
-    release = threading.Event()
+    release, scored = threading.Event(), threading.Semaphore(0)
 
     class Slow(Fake):
         def score(self, prompts, images, metadata):
             assert release.wait(10)
             time.sleep(0.05)
+            scored.release()
             return self.answer
 
     before = threading.active_count()
@@ -199,9 +200,14 @@ def test_pipeline_runs_beside_and_leaves_no_thread():
         first = pipeline.submit(*BATCH)  # returns although the expert waits for us
         second = pipeline.submit(*BATCH)
         release.set()
-        assert first.result().total.tolist() == [1, 0]
+        total = first.result().total
+        assert total.tolist() == [1, 0]
+        weight = torch.ones(2, requires_grad=True)
+        (weight * total).sum().backward()  # not an inference tensor
+        assert weight.grad.tolist() == [1, 0]
         assert first.seconds_exposed > 0.04
-        time.sleep(0.2)
+        scored.acquire(), scored.acquire()
+        time.sleep(0.1)  # the ensemble still has to take its mean
         second.result()
         assert second.seconds_exposed < 0.04
     assert threading.active_count() == before

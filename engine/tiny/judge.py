@@ -6,15 +6,17 @@ their bounding box, run lengths for textures. Only the world's constants and ren
 common, and those define what the words mean.
 """
 
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import numpy as np
 import torch
 
+from engine.errors import UserError
 from engine.tiny.world import BACKGROUND, COLORS, SHAPES, SIZES, TEXTURES, Obj, render
 
 CONTRAST = 62.0  # RGB distance from the background that counts as painted
+STRICT_CONTRAST = 85.0  # where a faint bridge joins two objects; pink, the palest, has 105
 MIN_AREA = 40  # pixels; the smallest object, a small star, has 84
 GRID = 24  # side of the normalised outline
 WORD_KINDS = {
@@ -50,7 +52,9 @@ def judge(images: torch.Tensor, rows: list[dict[str, Any]]) -> np.ndarray:
 
 def score_scene(objects: list[dict[str, Any]], row: dict[str, Any]) -> float:
     """The judge's score of a scene that `read_scene` read, in [0, 1]."""
-    names = row.get("attr_nouns") or row["nouns"]
+    names = row.get("attr_nouns") or row.get("nouns")
+    if not names:
+        raise UserError(f"prompt {row.get('prompt')!r} has neither 'attr_nouns' nor 'nouns'")
     counting = row.get("numeracy_info")
     if counting:
         wanted = sum(item["num"] for item in counting)
@@ -68,6 +72,9 @@ def score_scene(objects: list[dict[str, Any]], row: dict[str, Any]) -> float:
 
 
 def _is(obj: dict[str, Any], name: str) -> bool:
+    for word in name.split():
+        if word not in WORD_KINDS:
+            raise UserError(f"the tiny world has no word {word!r} (in {name!r})")
     return all(obj[WORD_KINDS[word]] == word for word in name.split())
 
 
@@ -101,9 +108,15 @@ def read_scene(image: torch.Tensor | np.ndarray) -> list[dict[str, Any]]:
         centre x, y of its bounding box, and its area, in pixels.
     """
     pixels = np.asarray(image, np.float32).transpose(1, 2, 0) * 255  # (64, 64, 3)
-    painted = np.sqrt(((pixels - np.asarray(BACKGROUND, np.float32)) ** 2).sum(-1)) > CONTRAST
+    distance = np.sqrt(((pixels - np.asarray(BACKGROUND, np.float32)) ** 2).sum(-1))
+    painted = distance > CONTRAST
     painted &= _neighbours(painted) >= 3  # lone specks are noise
-    objects = [_describe(pixels, region) for region in _regions(painted)]
+    regions = []
+    for region in _regions(painted):
+        wide = max(region.any(0).sum(), region.any(1).sum()) > max(SIZES.values()) + 4
+        parts = _regions(region & (distance > STRICT_CONTRAST)) if wide else []
+        regions += parts if len(parts) > 1 else [region]
+    objects = [_describe(pixels, region) for region in regions]
     return sorted(objects, key=lambda o: (o["x"], o["y"]))
 
 
@@ -158,11 +171,11 @@ def _describe(pixels: np.ndarray, region: np.ndarray) -> dict[str, Any]:
         inner = region
     bright = pixels.max(-1)  # the V of HSV
     values = np.sort(bright[inner])
-    level = float(values[int(0.9 * (len(values) - 1))])
+    dim, level = (float(values[int(q * (len(values) - 1))]) for q in (0.1, 0.9))
     return {
         "shape": _shape(region),
         "color": _color(pixels[inner], bright[inner], level),
-        "texture": _texture(bright, inner, level),
+        "texture": _texture(bright, inner, dim, level),
         "size": "small" if (height + width) / 2 <= sum(SIZES.values()) / 2 else "large",
         "x": float(left + right) / 2,
         "y": float(top + bottom) / 2,
@@ -177,7 +190,7 @@ def _outline(crop: np.ndarray) -> np.ndarray:
     return crop[rows][:, columns].astype(np.float32)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _outlines() -> tuple[tuple[str, ...], np.ndarray]:
     """Names and (12, 24, 24) outlines of every shape at both sizes, as the renderer draws them."""
     names, outlines = [], []
@@ -213,7 +226,7 @@ def _hue(rgb: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return hue * 60 % 360, chroma
 
 
-@lru_cache(maxsize=None)
+@cache
 def _palette() -> tuple[tuple[str, ...], np.ndarray, np.ndarray]:
     """Names, hues in degrees and saturations of the world's colours."""
     rgb = np.asarray(list(COLORS.values()), np.float32)
@@ -231,16 +244,17 @@ def _color(rgb: np.ndarray, bright: np.ndarray, level: float) -> str:
     winner = int(votes.argmax())
     near = turn[:, winner] < 30
     saturation = float((chroma / np.maximum(bright, 1))[near].mean()) if near.any() else 0.0
-    clear = votes[winner] > 0.5 * votes.sum()
+    clear = votes[winner] > 0.4 * votes.sum()
     # Greys and mud have a hue too: the brightest pixels must be as bright and as colourful.
     vivid = saturation > 0.5 * saturations[winner]
     lit = level > 0.6 * max(COLORS[names[winner]])
     return names[winner] if clear and vivid and lit else UNKNOWN
 
 
-def _texture(bright: np.ndarray, inner: np.ndarray, level: float) -> str:
+def _texture(bright: np.ndarray, inner: np.ndarray, dim: float, level: float) -> str:
     """The texture whose share of dark pixels and run lengths fit best."""
-    dark = bright < 0.72 * level
+    # The second colour is 0.45 of the first; after blurring, still clearly dimmer.
+    dark = (bright < (dim + level) / 2) & (dim < 0.78 * level)
     across = inner[:, 1:] & inner[:, :-1]
     down = inner[1:] & inner[:-1]
     signs = np.array(

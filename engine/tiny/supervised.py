@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from engine.conversation import Conversation
 from engine.data import PromptTemplate
 from engine.policy import Policy
 from engine.tiny.prompts import TASK_TYPES, draw
@@ -75,38 +76,21 @@ def batches(examples: list[Example], size: int, rng: random.Random) -> Iterator[
             yield [examples[i] for i in order[start : start + size]]
 
 
-class Encoder:
-    """Prompts and plans to token ids, as the trainer does it."""
-
-    def __init__(self, policy: Policy, template: PromptTemplate) -> None:
-        self.policy, self.template = policy, template
-
-    def ids(self, text: str) -> list[int]:
-        return self.policy.tokenizer.encode(text, add_special_tokens=False)
-
-    def stage1(self, prompt: str) -> Tensor:
-        return torch.tensor([self.policy.bos, *self.ids(self.template.stage1_text(prompt))])
-
-    def stage2(self, prompt: str, plan: str) -> Tensor:
-        ids = self.ids(self.template.stage2_text(prompt, plan))
-        return torch.tensor([self.policy.bos, *ids, self.policy.image_start])
-
-
 def losses(
-    policy: Policy, encoder: Encoder, batch: list[Example], rng: random.Random
+    policy: Policy, conversation: Conversation, batch: list[Example], rng: random.Random
 ) -> tuple[Tensor, Tensor]:
     """Mean cross-entropy of the plan tokens and of the image tokens, nats."""
-    plans = [torch.tensor([*encoder.ids(" " + e.plan), policy.eos]) for e in batch]
+    plans = [torch.tensor([*conversation.encode(" " + e.plan), policy.eos]) for e in batch]
     lengths = torch.tensor([len(p) for p in plans])
     targets = torch.nn.utils.rnn.pad_sequence(plans, batch_first=True)
     mask = torch.arange(targets.shape[1]) < lengths[:, None]
     hidden = policy.completion_hidden(
-        [encoder.stage1(e.prompt) for e in batch], targets, image=False
+        [conversation.stage1(e.prompt) for e in batch], targets, image=False
     )
     text = F.cross_entropy(policy.lm_head(hidden[mask]), targets[mask])
     prompts = []
     for example in batch:
-        prompt = encoder.stage2(example.prompt, example.plan)
+        prompt = conversation.stage2(example.prompt, example.plan)
         dropped = rng.random() < UNCONDITIONAL_SHARE
         prompts.append(policy.unconditional(prompt) if dropped else prompt)
     image_ids = torch.from_numpy(np.stack([e.image_ids for e in batch])).long()
@@ -160,11 +144,11 @@ def train(
         return min(1.0, (step + 1) / warmup) * (0.1 + 0.45 * (1 + float(np.cos(np.pi * share))))
 
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, scale)
-    encoder = Encoder(policy, template)
+    conversation = Conversation(policy, template)
     started = time.monotonic()
     source = batches(examples, batch_size, rng)
     for step in range(1, steps + 1):
-        text, image = losses(policy, encoder, next(source), rng)
+        text, image = losses(policy, conversation, next(source), rng)
         optimizer.zero_grad(set_to_none=True)
         (text + image).backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)

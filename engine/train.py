@@ -1,0 +1,376 @@
+"""Train a policy with BiCoT-GRPO: python -m engine.train
+
+The method is T2I-R1's (arXiv:2505.00703). Where the engine departs from it, and why:
+
+* No padding semantics: every sequence means what it means alone. T2I-R1 right-pads and puts
+  image-start after the pads, so its samples depend on their batch-mates.
+* Old log-probs come from the sampler and the clip is live: with --num_iterations above 1 the
+  ratio moves. T2I-R1's ratio is exp(logp - logp.detach()), always 1.
+* The distribution that was sampled can be the one that is trained (--logprob_policy guided).
+  T2I-R1 samples guided and trains the conditional one, which stays the default.
+* Text and image tokens share one mean (--loss_type token), as published.
+* The image level never runs the text head; aligner(codebook) is a table.
+* The detector's slips of the published code (see rewards/detection.py) are not repeated.
+"""
+
+import json
+import resource
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import nvtx
+import torch
+from torch import Tensor
+
+from engine.checkpoint import (
+    atomic_write_text,
+    latest_checkpoint,
+    load_checkpoint,
+    load_named_tensors,
+    load_optimizer_tensors,
+    optimizer_tensors,
+    prune,
+    save_checkpoint,
+)
+from engine.config import TrainConfig, parse_args, to_yaml
+from engine.conversation import Conversation
+from engine.data import PromptSampler, Row, load_prompts, load_template
+from engine.errors import UserError, run_command
+from engine.evaluate import build_ensemble, evaluate, judge_scores
+from engine.generate import Generation, generate
+from engine.monitor import RunLogger
+from engine.objective import (
+    Experience,
+    group_advantages,
+    policy_loss,
+    reference_policy,
+    score,
+    token_weights,
+)
+from engine.pictures import save_grid
+from engine.policy import load_policy
+from engine.report import write_report
+from engine.run_folder import open_run, stop_on_signal
+from engine.weights import folder_of, write_policy
+from rewards import RewardPipeline, Scores
+
+
+class Trainer:
+    """Everything one run holds; `step` is the whole algorithm."""
+
+    def __init__(self, config: TrainConfig, rows: list[Row], eval_rows: list[Row]) -> None:
+        if config.threads:
+            torch.set_num_threads(config.threads)
+        device = config.device
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        folder = folder_of(config.model)
+        template = load_template(folder, config.reasoning_prompt_path)
+        dtype = getattr(torch, config.dtype)
+        self.config, self.rows, self.eval_rows = config, rows, eval_rows
+        self.policy = load_policy(config.model, dtype=dtype, device=device)
+        self.conversation = Conversation(self.policy, template)
+        for source, checked in ((config.dataset_name, rows), (config.eval_dataset, eval_rows)):
+            self.conversation.check(
+                checked,
+                source,
+                max_prompt=config.max_prompt_length,
+                max_plan=config.max_completion_length,
+            )
+        self.reference = reference_policy(self.policy) if config.beta > 0 else None
+        self.ensemble = build_ensemble(
+            config.reward_funcs,
+            device=self.policy.device,
+            hps_ckpt_path=config.hps_ckpt_path,
+            other_paths={
+                name: getattr(config, name)
+                for name in ("git_ckpt_path", "gdino_ckpt_path", "gdino_config_path", "orm_ckpt_path")
+            },
+            weights=config.reward_weights or None,
+            on_error=config.on_reward_error,
+        )
+        self.sampler = PromptSampler(len(rows), config.prompts_per_step, config.seed)
+        self.names = list(self.policy.trainable())
+        self.optimizer = torch.optim.AdamW(
+            self.policy.trainable().values(),
+            lr=config.learning_rate,
+            betas=(config.adam_beta1, config.adam_beta2),
+            weight_decay=config.weight_decay,
+        )
+
+    def learning_rate(self, step: int) -> float:
+        """Rate of a step >= 1: a pure function, so that a resumed run has nothing to restore."""
+        config = self.config
+        if step <= config.warmup_steps:
+            return config.learning_rate * step / config.warmup_steps
+        after = max(1, config.max_steps - config.warmup_steps)
+        done = (step - config.warmup_steps - 1) / after
+        shape = {
+            "constant": 1.0,
+            "linear": 1 - done,
+            "cosine": 0.5 * (1 + float(torch.tensor(done * torch.pi).cos())),
+        }
+        return config.learning_rate * shape[config.lr_scheduler_type]
+
+    def step(self, step: int, pipeline: RewardPipeline) -> tuple[dict[str, Any], Generation, Scores]:
+        """One rollout and its updates. Returns metrics, what was generated, and its scores."""
+        config, policy = self.config, self.policy
+        started = time.perf_counter()
+        chosen = [self.rows[i] for i in self.sampler.rows(step - 1)]
+        batch = [row for row in chosen for _ in range(config.group_size)]  # B rows, groups adjacent
+        prompts = [row["prompt"] for row in batch]
+        first_sample = (step - 1) * config.images_per_step
+
+        with nvtx.annotate("rollout"):
+            made = self._generate(prompts, first_sample)  # plans (B, T), images (B, N), pixels
+        rolled = time.perf_counter()
+        handle = pipeline.submit(prompts, made.pixels.float(), batch)  # beside what follows
+        with nvtx.annotate("reference"):
+            experience = self._experience(made)  # old and reference log-probs (B, T), (B, N)
+        scores = handle.result()  # total (B,)
+        experience.advantages = group_advantages(scores.total, config.group_size)  # (B,)
+        scored = time.perf_counter()
+        with nvtx.annotate("update"):
+            weights = token_weights(made.text.mask, policy.image_tokens, config)
+            for _ in range(config.num_iterations):
+                metrics = self._update(step, experience, weights)
+        ended = time.perf_counter()
+
+        tokens = int(made.text.mask.sum()) + made.image.ids.numel()
+        lengths = made.text.mask.sum(1).float()
+        groups = scores.total.view(-1, config.group_size)
+        metrics |= {
+            "step": step,
+            "reward": scores.total.mean(),
+            "reward_std": groups.std(1).mean(),
+            "completion_length": lengths.mean(),
+            "images_per_s": len(batch) / (ended - started),
+            "tokens_per_s": tokens / (rolled - started),
+            "seconds/rollout": rolled - started,
+            "seconds/rewards_exposed": handle.seconds_exposed,
+            "seconds/reference": scored - rolled - handle.seconds_exposed,
+            "seconds/train": ended - scored,
+            "seconds/step": ended - started,
+        }
+        metrics |= {f"rewards/{name}": values.mean() for name, values in scores.by_expert.items()}
+        metrics |= {f"rewards_skipped/{name}": count for name, count in scores.skipped.items()}
+        judged = judge_scores(made.pixels, batch)
+        if judged is not None:
+            metrics["judge"] = float(judged.mean())
+        return metrics, made, scores
+
+    def _generate(self, prompts: list[str], first_sample: int) -> Generation:
+        config = self.config
+        return generate(
+            self.policy,
+            self.conversation,
+            prompts,
+            sample_ids=first_sample + torch.arange(len(prompts), device=self.policy.device),
+            seed=config.seed,
+            max_completion_length=config.max_completion_length,
+            cfg_weight=config.cfg_weight,
+            temperature=config.temperature,
+            images_per_plan=config.images_per_plan,
+        )
+
+    def _experience(self, made: Generation) -> Experience:
+        """The rollout with old and reference log-probs; advantages are still to come."""
+        config = self.config
+        sampled = made.image.logprobs
+        if config.logprob_policy != "conditional":
+            sampled = made.image.guided_logprobs
+        experience = Experience(
+            made.stage1, made.stage2, made.text.ids, made.text.mask, made.image.ids,
+            text_rollout=made.text.logprobs, image_rollout=sampled,
+            text_old=made.text.logprobs, image_old=sampled,
+            text_ref=None, image_ref=None,
+            advantages=torch.zeros(len(sampled), device=sampled.device),
+        )  # fmt: skip
+        if config.old_logprobs == "recompute":
+            experience.text_old, experience.image_old = self._score(self.policy, experience)
+        if self.reference is not None:
+            experience.text_ref, experience.image_ref = self._score(self.reference, experience)
+        return experience
+
+    def _slices(self, experience: Experience) -> list[tuple[int, int]]:
+        size = self.config.micro_batch_size or len(experience.advantages)
+        count = len(experience.advantages)
+        return [(start, min(start + size, count)) for start in range(0, count, size)]
+
+    def _score(self, policy: Any, experience: Experience) -> tuple[Tensor, Tensor]:
+        parts = [
+            score(policy, experience.rows(*s), self.config) for s in self._slices(experience)
+        ]
+        return torch.cat([text for text, _ in parts]), torch.cat([image for _, image in parts])
+
+    def _update(
+        self, step: int, experience: Experience, weights: tuple[Tensor, Tensor]
+    ) -> dict[str, Any]:
+        """One optimizer step on the whole experience."""
+        rate = self.learning_rate(step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.zero_grad(set_to_none=True)
+        totals: dict[str, Tensor] = {}
+        for start, stop in self._slices(experience):
+            part = policy_loss(
+                self.policy,
+                experience.rows(start, stop),
+                (weights[0][start:stop], weights[1][start:stop]),
+                self.config,
+            )
+            part["loss"].backward()
+            for name, value in part.items():
+                totals[name] = totals.get(name, 0) + value.detach()
+        norm = torch.nn.utils.clip_grad_norm_(
+            self.policy.trainable().values(), self.config.max_grad_norm
+        )
+        if not torch.isfinite(norm):
+            raise FloatingPointError(f"step {step}: the gradient is not finite")
+        self.optimizer.step()
+        return {**totals, "grad_norm": norm, "lr": rate}
+
+    def save(self, step: int) -> None:
+        """Checkpoint what a resumed run cannot derive from its settings."""
+        tensors = {
+            "policy": self.policy.trainable(),
+            "optimizer": optimizer_tensors(self.optimizer, self.names),
+        }
+        save_checkpoint(self.config.run_dir, step, tensors=tensors, state={"seed": self.config.seed})
+        prune(self.config.run_dir, self.config.save_total_limit)
+
+    def restore(self, path: Path) -> int:
+        """Continue from a checkpoint. Returns its step."""
+        tensors, state = load_checkpoint(path)
+        with torch.no_grad():
+            load_named_tensors(self.policy.trainable(), tensors["policy"], source=path)
+        load_optimizer_tensors(self.optimizer, self.names, tensors["optimizer"], source=path)
+        return state["step"]
+
+
+@dataclass(slots=True)
+class Stopped(Exception):
+    """The user asked the run to stop."""
+
+    reason: str
+
+
+def _evaluate(trainer: Trainer, when: str, logger: RunLogger, stop: list[str]) -> dict[str, Any]:
+    """Evaluate before or after training, once a run; the result is kept in eval/."""
+    config = trainer.config
+    path = config.run_dir / "eval" / f"{when}.json"
+    if path.exists():
+        return json.loads(path.read_text())["summary"]
+
+    def progress(done: int, total: int) -> None:
+        if stop:
+            raise Stopped(stop[0])
+        logger.say(f"evaluation {when} training: {done}/{total} pictures")
+
+    summary, records = evaluate(
+        trainer.policy,
+        trainer.conversation,
+        trainer.eval_rows,
+        generations=config.eval_generations,
+        max_completion_length=config.max_completion_length,
+        cfg_weight=config.cfg_weight,
+        temperature=config.temperature,
+        ensemble=trainer.ensemble,
+        pictures=path.with_suffix(""),
+        progress=progress,
+    )
+    atomic_write_text(path, json.dumps({"summary": summary, "rows": records}, indent=1))
+    return summary
+
+
+def _show_samples(
+    trainer: Trainer, step: int, made: Generation, scores: Scores, prompts: list[str], logger: RunLogger
+) -> None:
+    """A grid of the step's first pictures, two of each group, with plans and rewards."""
+    size = trainer.config.group_size
+    chosen = [i for i in range(len(prompts)) if i % size < 2][:16]
+    path = trainer.config.run_dir / "samples" / f"step-{step:06d}.png"
+    save_grid(
+        path,
+        made.pixels[chosen].float().cpu(),
+        [f"{prompts[i]}\n{made.plans[i]}" for i in chosen],
+        columns=4,
+        title=f"step {step}",
+        scores=[float(scores.total[i]) for i in chosen],
+    )
+    logger.image("samples", step, path)
+    logger.text("plans", step, "\n\n".join(f"{prompts[i]}: {made.plans[i]}" for i in chosen))
+
+
+def train(config: TrainConfig) -> None:
+    """Run, or resume, one training: evaluation, steps, evaluation, report."""
+    started = time.monotonic()
+    rows, eval_rows = load_prompts(config.dataset_name), load_prompts(config.eval_dataset)
+    if config.eval_prompts:
+        # Spread over the file: its task types come one after the other.
+        count = min(config.eval_prompts, len(eval_rows))
+        eval_rows = [eval_rows[i * len(eval_rows) // count] for i in range(count)]
+    trainer = Trainer(config, rows, eval_rows)
+    done = 0
+    found = latest_checkpoint(config.run_dir) if config.resume else None
+    earlier = open_run(config, to_yaml(config), found)
+    if found is not None:
+        done = trainer.restore(found)
+    logger = RunLogger(config.run_dir, config.max_steps, resume=config.resume)
+    summary: dict[str, Any] = {"eval": {}, "steps": config.max_steps, "seed": config.seed}
+    try:
+        with stop_on_signal() as stop, RewardPipeline(trainer.ensemble, trainer.policy.device) as pipeline:
+            if config.resume:
+                logger.truncate_after(done)
+            if config.eval_generations:
+                summary["eval"]["before"] = _evaluate(trainer, "before", logger, stop)
+            for step in range(done + 1, config.max_steps + 1):
+                metrics, made, scores = trainer.step(step, pipeline)
+                done = step
+                if step % config.logging_steps == 0 or step == config.max_steps:
+                    logger.log(metrics)
+                if step % config.sample_steps == 0 or step in (1, config.max_steps):
+                    chosen = [rows[i] for i in trainer.sampler.rows(step - 1)]
+                    prompts = [r["prompt"] for r in chosen for _ in range(config.group_size)]
+                    _show_samples(trainer, step, made, scores, prompts, logger)
+                if step % config.save_steps == 0 or step == config.max_steps or stop:
+                    trainer.save(step)
+                if stop and step < config.max_steps:
+                    raise Stopped(stop[0])
+            if config.eval_generations:
+                summary["eval"]["after"] = _evaluate(trainer, "after", logger, stop)
+    except Stopped as stopped:
+        saved = f"saved at step {done}; " if done else ""
+        logger.say(f"{stopped.reason}: {saved}continue with --resume")
+        return
+    finally:
+        logger.close()
+    seconds = earlier + time.monotonic() - started
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    summary |= {"seconds": seconds, "peak_memory_mib": peak, "torch": torch.__version__}
+    write_policy(trainer.policy, config.run_dir / "policy", companions=folder_of(config.model))
+    atomic_write_text(config.run_dir / "summary.json", json.dumps(summary, indent=2) + "\n")
+    report = write_report(config.run_dir)
+    _print_result(summary, report)
+
+
+def _print_result(summary: dict[str, Any], report: Path) -> None:
+    scores = summary["eval"]
+    if scores:
+        before, after = scores["before"], scores["after"]
+        print(f"held-out score: {before['mean']:.3f} before, {after['mean']:.3f} after")
+        for task, value in before["by_task"].items():
+            print(f"  {task:10} {value['mean']:.3f} -> {after['by_task'][task]['mean']:.3f}")
+    print(f"report: {report}")
+
+
+def main(argv: list[str]) -> None:
+    """Parse the command line and train."""
+    train(parse_args(TrainConfig, argv, description="Train a policy with BiCoT-GRPO."))
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

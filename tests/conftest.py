@@ -1,0 +1,108 @@
+"""Small random policies shared by the tests; nothing here is trained or downloaded."""
+
+import copy
+import os
+from collections.abc import Callable
+from functools import lru_cache
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import (
+    JanusConfig,
+    JanusForConditionalGeneration,
+    JanusVisionConfig,
+    JanusVQVAEConfig,
+    LlamaConfig,
+)
+
+from engine.policy import Policy
+
+VOCAB = 320  # room for the byte-level tokenizer of the save tests
+CODES = 128
+WIDTH = 64
+UNDERSTANDING = ("model.vision_model.", "model.aligner.")
+
+
+def small_config(kv_heads: int = 4, tied: bool = False) -> JanusConfig:
+    """A two-layer Janus with 16 image tokens of 128 codes and a context of 64."""
+    return JanusConfig(
+        text_config=LlamaConfig(
+            vocab_size=VOCAB,
+            hidden_size=WIDTH,
+            intermediate_size=96,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=kv_heads,
+            max_position_embeddings=64,
+            pad_token_id=2,
+        ),
+        vision_config=JanusVisionConfig(
+            hidden_size=32,
+            num_hidden_layers=1,
+            num_attention_heads=4,
+            image_size=8,
+            patch_size=2,
+            mlp_ratio=2.0,
+            projection_dim=WIDTH,
+            depth=2,
+            num_image_tokens=16,
+        ),
+        vq_config=JanusVQVAEConfig(
+            embed_dim=8,
+            num_embeddings=CODES,
+            latent_channels=32,
+            base_channels=32,
+            channel_multiplier=[1, 1],
+            num_res_blocks=1,
+            projection_dim=WIDTH,
+            image_token_embed_dim=WIDTH,
+            num_patches=4,
+        ),
+        tie_word_embeddings=tied,
+    )
+
+
+@lru_cache(maxsize=None)
+def janus_pair(kv_heads: int, tied: bool) -> tuple[JanusForConditionalGeneration, Policy]:
+    """transformers' model and our policy with the same weights. Read-only: tests share them."""
+    torch.manual_seed(0)
+    config = small_config(kv_heads, tied)
+    theirs = JanusForConditionalGeneration(config).eval()
+    for name, parameter in theirs.named_parameters():
+        # The stock initialisation gives nearly uniform attention and logits, and unit norms and
+        # zero biases that a forward could leave out unnoticed.
+        if parameter.ndim == 1:
+            parameter.data.add_(torch.randn_like(parameter), alpha=0.1)
+        elif "vqmodel" not in name:
+            parameter.data.mul_(8)
+    ours = Policy(config).eval()
+    weights = theirs.state_dict()
+    ours.load_state_dict({k: v for k, v in weights.items() if not k.startswith(UNDERSTANDING)})
+    ours.freeze_generation()
+    return theirs, ours
+
+
+@pytest.fixture
+def pair() -> Callable[..., tuple[JanusForConditionalGeneration, Policy]]:
+    return lambda kv_heads=4, tied=False: janus_pair(kv_heads, tied)
+
+
+@pytest.fixture
+def new_policy() -> Callable[..., Policy]:
+    """A policy of the test's own, to be changed at will."""
+    return lambda kv_heads=4, tied=False: copy.deepcopy(janus_pair(kv_heads, tied)[1])
+
+
+@pytest.fixture
+def make_prompts() -> Callable[..., list[Tensor]]:
+    """Random prompts of the given lengths: BOS ... image-start."""
+
+    def make(*lengths: int, seed: int = 0) -> list[Tensor]:
+        rng = torch.Generator().manual_seed(seed)
+        middles = [torch.randint(5, VOCAB, (n - 2,), generator=rng) for n in lengths]
+        return [torch.cat((torch.tensor([0]), m, torch.tensor([3]))) for m in middles]
+
+    return make
