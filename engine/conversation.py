@@ -24,9 +24,7 @@ class Conversation:
     def stage2(self, prompt: str, plan: str) -> Tensor:
         """What the image tokens continue: (L,) int64, BOS first, image-start last."""
         ids = self.encode(self.template.stage2_text(prompt, plan))
-        return tensor(
-            [self.policy.bos, *ids, self.policy.image_start], device=self.policy.device
-        )
+        return tensor([self.policy.bos, *ids, self.policy.image_start], device=self.policy.device)
 
     def plans(self, ids: Tensor, mask: Tensor) -> list[str]:
         """Completions (B, T) with their mask as text, special tokens dropped."""

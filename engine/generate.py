@@ -1,6 +1,6 @@
 """Prompts to plans to pictures: the rollout of both chains of thought, and its command.
 
-    python -m engine.generate --prompt "a three-sided shape in the colour of grass"
+python -m engine.generate --prompt "a three-sided shape in the colour of grass"
 """
 
 # ruff: noqa: RUF009  `option` makes a dataclasses.field, which ruff cannot know

@@ -59,9 +59,7 @@ def prefill(policy: Policy, prompts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     return torch.stack(keys), torch.stack(values)
 
 
-def share(
-    keys: Tensor, values: Tensor, lengths: Tensor, *, owner: Tensor, first: int
-) -> Prefixes:
+def share(keys: Tensor, values: Tensor, lengths: Tensor, *, owner: Tensor, first: int) -> Prefixes:
     """Prefixes for rows first, first + 1, ... from prefilled prompts.
 
     Args:
@@ -143,9 +141,9 @@ class KVCache:
             partial = partial.view(n, self.kv_heads, g, repeat, width)
             if block.bias is not None:
                 partial += block.bias[:, :, :, None]
-            scores[block.rows, :, :, :width].view(
-                n, g, self.kv_heads, repeat, width
-            ).copy_(partial.transpose(1, 2))
+            scores[block.rows, :, :, :width].view(n, g, self.kv_heads, repeat, width).copy_(
+                partial.transpose(1, 2)
+            )
         probs = scores.softmax(-1).to(q.dtype)
         mixed = probs[..., self.width :] @ values  # (R, Hkv, repeat, hd)
         for block in self.prefixes:

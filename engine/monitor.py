@@ -12,8 +12,8 @@ from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from engine.errors import UserError
 from engine.checkpoint import atomic_write_bytes
+from engine.errors import UserError
 
 METRICS_FILE = "metrics.jsonl"
 LINES_PER_RUN = 20  # progress lines where there is no terminal to redraw a bar on

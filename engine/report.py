@@ -11,8 +11,8 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from engine.errors import UserError
 from engine.checkpoint import atomic_write_bytes
+from engine.errors import UserError
 from engine.report_data import Eval, Run, load_run, pair_rows
 from engine.report_hacking import (
     RULE,

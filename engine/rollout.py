@@ -211,7 +211,9 @@ def sample_images(
     blank = policy.unconditional(max(distinct, key=len))[:-1]
     keys, values = prefill(policy, [*(p[:-1] for p in distinct), blank])
     cond = share(keys[:, :-1], values[:, :-1], lengths, owner=owner, first=0)
-    uncond = share(keys[:, -1:], values[:, -1:], lengths, owner=torch.zeros_like(owner), first=count)
+    uncond = share(
+        keys[:, -1:], values[:, -1:], lengths, owner=torch.zeros_like(owner), first=count
+    )
     cache = KVCache(policy, [cond, uncond], steps)
     decoder = Decoder(policy, cache, lengths.repeat(2), steps)
     noise = _Noise(seed, ids, policy.config.vq_config.num_embeddings, IMAGE_STEP, steps)

@@ -23,33 +23,17 @@ from typing import Any
 
 import nvtx
 import torch
-from torch import Tensor
 
-from engine.checkpoint import (
-    atomic_write_text,
-    latest_checkpoint,
-    load_checkpoint,
-    load_named_tensors,
-    load_optimizer_tensors,
-    optimizer_tensors,
-    prune,
-    save_checkpoint,
-)
+from engine.checkpoint import atomic_write_text, latest_checkpoint
 from engine.config import TrainConfig, parse_args, to_yaml
 from engine.conversation import Conversation
 from engine.data import PromptSampler, Row, load_prompts, load_template
-from engine.errors import UserError, run_command
+from engine.errors import run_command
 from engine.evaluate import build_ensemble, evaluate, judge_scores
 from engine.generate import Generation, generate
+from engine.learner import Learner
 from engine.monitor import RunLogger
-from engine.objective import (
-    Experience,
-    group_advantages,
-    policy_loss,
-    reference_policy,
-    score,
-    token_weights,
-)
+from engine.objective import group_advantages, token_weights
 from engine.pictures import save_grid
 from engine.policy import load_policy
 from engine.report import write_report
@@ -80,42 +64,28 @@ class Trainer:
                 max_prompt=config.max_prompt_length,
                 max_plan=config.max_completion_length,
             )
-        self.reference = reference_policy(self.policy) if config.beta > 0 else None
+        self.learner = Learner(self.policy, config)
         self.ensemble = build_ensemble(
             config.reward_funcs,
             device=self.policy.device,
             hps_ckpt_path=config.hps_ckpt_path,
             other_paths={
                 name: getattr(config, name)
-                for name in ("git_ckpt_path", "gdino_ckpt_path", "gdino_config_path", "orm_ckpt_path")
+                for name in (
+                    "git_ckpt_path",
+                    "gdino_ckpt_path",
+                    "gdino_config_path",
+                    "orm_ckpt_path",
+                )
             },
             weights=config.reward_weights or None,
             on_error=config.on_reward_error,
         )
         self.sampler = PromptSampler(len(rows), config.prompts_per_step, config.seed)
-        self.names = list(self.policy.trainable())
-        self.optimizer = torch.optim.AdamW(
-            self.policy.trainable().values(),
-            lr=config.learning_rate,
-            betas=(config.adam_beta1, config.adam_beta2),
-            weight_decay=config.weight_decay,
-        )
 
-    def learning_rate(self, step: int) -> float:
-        """Rate of a step >= 1: a pure function, so that a resumed run has nothing to restore."""
-        config = self.config
-        if step <= config.warmup_steps:
-            return config.learning_rate * step / config.warmup_steps
-        after = max(1, config.max_steps - config.warmup_steps)
-        done = (step - config.warmup_steps - 1) / after
-        shape = {
-            "constant": 1.0,
-            "linear": 1 - done,
-            "cosine": 0.5 * (1 + float(torch.tensor(done * torch.pi).cos())),
-        }
-        return config.learning_rate * shape[config.lr_scheduler_type]
-
-    def step(self, step: int, pipeline: RewardPipeline) -> tuple[dict[str, Any], Generation, Scores]:
+    def step(
+        self, step: int, pipeline: RewardPipeline
+    ) -> tuple[dict[str, Any], Generation, Scores]:
         """One rollout and its updates. Returns metrics, what was generated, and its scores."""
         config, policy = self.config, self.policy
         started = time.perf_counter()
@@ -129,14 +99,14 @@ class Trainer:
         rolled = time.perf_counter()
         handle = pipeline.submit(prompts, made.pixels.float(), batch)  # beside what follows
         with nvtx.annotate("reference"):
-            experience = self._experience(made)  # old and reference log-probs (B, T), (B, N)
+            experience = self.learner.experience(made)  # old and reference log-probs (B, T), (B, N)
         scores = handle.result()  # total (B,)
         experience.advantages = group_advantages(scores.total, config.group_size)  # (B,)
         scored = time.perf_counter()
         with nvtx.annotate("update"):
             weights = token_weights(made.text.mask, policy.image_tokens, config)
             for _ in range(config.num_iterations):
-                metrics = self._update(step, experience, weights)
+                metrics = self.learner.update(step, experience, weights)
         ended = time.perf_counter()
 
         tokens = int(made.text.mask.sum()) + made.image.ids.numel()
@@ -176,80 +146,6 @@ class Trainer:
             images_per_plan=config.images_per_plan,
         )
 
-    def _experience(self, made: Generation) -> Experience:
-        """The rollout with old and reference log-probs; advantages are still to come."""
-        config = self.config
-        sampled = made.image.logprobs
-        if config.logprob_policy != "conditional":
-            sampled = made.image.guided_logprobs
-        experience = Experience(
-            made.stage1, made.stage2, made.text.ids, made.text.mask, made.image.ids,
-            text_rollout=made.text.logprobs, image_rollout=sampled,
-            text_old=made.text.logprobs, image_old=sampled,
-            text_ref=None, image_ref=None,
-            advantages=torch.zeros(len(sampled), device=sampled.device),
-        )  # fmt: skip
-        if config.old_logprobs == "recompute":
-            experience.text_old, experience.image_old = self._score(self.policy, experience)
-        if self.reference is not None:
-            experience.text_ref, experience.image_ref = self._score(self.reference, experience)
-        return experience
-
-    def _slices(self, experience: Experience) -> list[tuple[int, int]]:
-        size = self.config.micro_batch_size or len(experience.advantages)
-        count = len(experience.advantages)
-        return [(start, min(start + size, count)) for start in range(0, count, size)]
-
-    def _score(self, policy: Any, experience: Experience) -> tuple[Tensor, Tensor]:
-        parts = [
-            score(policy, experience.rows(*s), self.config) for s in self._slices(experience)
-        ]
-        return torch.cat([text for text, _ in parts]), torch.cat([image for _, image in parts])
-
-    def _update(
-        self, step: int, experience: Experience, weights: tuple[Tensor, Tensor]
-    ) -> dict[str, Any]:
-        """One optimizer step on the whole experience."""
-        rate = self.learning_rate(step)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        self.optimizer.zero_grad(set_to_none=True)
-        totals: dict[str, Tensor] = {}
-        for start, stop in self._slices(experience):
-            part = policy_loss(
-                self.policy,
-                experience.rows(start, stop),
-                (weights[0][start:stop], weights[1][start:stop]),
-                self.config,
-            )
-            part["loss"].backward()
-            for name, value in part.items():
-                totals[name] = totals.get(name, 0) + value.detach()
-        norm = torch.nn.utils.clip_grad_norm_(
-            self.policy.trainable().values(), self.config.max_grad_norm
-        )
-        if not torch.isfinite(norm):
-            raise FloatingPointError(f"step {step}: the gradient is not finite")
-        self.optimizer.step()
-        return {**totals, "grad_norm": norm, "lr": rate}
-
-    def save(self, step: int) -> None:
-        """Checkpoint what a resumed run cannot derive from its settings."""
-        tensors = {
-            "policy": self.policy.trainable(),
-            "optimizer": optimizer_tensors(self.optimizer, self.names),
-        }
-        save_checkpoint(self.config.run_dir, step, tensors=tensors, state={"seed": self.config.seed})
-        prune(self.config.run_dir, self.config.save_total_limit)
-
-    def restore(self, path: Path) -> int:
-        """Continue from a checkpoint. Returns its step."""
-        tensors, state = load_checkpoint(path)
-        with torch.no_grad():
-            load_named_tensors(self.policy.trainable(), tensors["policy"], source=path)
-        load_optimizer_tensors(self.optimizer, self.names, tensors["optimizer"], source=path)
-        return state["step"]
-
 
 @dataclass(slots=True)
 class Stopped(Exception):
@@ -287,7 +183,12 @@ def _evaluate(trainer: Trainer, when: str, logger: RunLogger, stop: list[str]) -
 
 
 def _show_samples(
-    trainer: Trainer, step: int, made: Generation, scores: Scores, prompts: list[str], logger: RunLogger
+    trainer: Trainer,
+    step: int,
+    made: Generation,
+    scores: Scores,
+    prompts: list[str],
+    logger: RunLogger,
 ) -> None:
     """A grid of the step's first pictures, two of each group, with plans and rewards."""
     size = trainer.config.group_size
@@ -318,11 +219,14 @@ def train(config: TrainConfig) -> None:
     found = latest_checkpoint(config.run_dir) if config.resume else None
     earlier = open_run(config, to_yaml(config), found)
     if found is not None:
-        done = trainer.restore(found)
+        done = trainer.learner.restore(found)
     logger = RunLogger(config.run_dir, config.max_steps, resume=config.resume)
     summary: dict[str, Any] = {"eval": {}, "steps": config.max_steps, "seed": config.seed}
     try:
-        with stop_on_signal() as stop, RewardPipeline(trainer.ensemble, trainer.policy.device) as pipeline:
+        with (
+            stop_on_signal() as stop,
+            RewardPipeline(trainer.ensemble, trainer.policy.device) as pipeline,
+        ):
             if config.resume:
                 logger.truncate_after(done)
             if config.eval_generations:
@@ -337,7 +241,7 @@ def train(config: TrainConfig) -> None:
                     prompts = [r["prompt"] for r in chosen for _ in range(config.group_size)]
                     _show_samples(trainer, step, made, scores, prompts, logger)
                 if step % config.save_steps == 0 or step == config.max_steps or stop:
-                    trainer.save(step)
+                    trainer.learner.save(step)
                 if stop and step < config.max_steps:
                     raise Stopped(stop[0])
             if config.eval_generations:

@@ -102,7 +102,11 @@ def _named(objects: list[Obj], *words: str) -> list[str]:
 
 
 def _attribute(rng: random.Random, allow: bool, kind: str) -> tuple[Row, Scene]:
-    words = {"color": ("color", "shape"), "shape": ("size", "shape"), "texture": ("texture", "shape")}
+    words = {
+        "color": ("color", "shape"),
+        "shape": ("size", "shape"),
+        "texture": ("texture", "shape"),
+    }
     objects = _pair(rng, allow)
     if kind == "texture":
         objects = [_textured(rng, allow, o.shape) for o in objects]
@@ -253,10 +257,22 @@ def write_rows(path: Path, rows: list[Row]) -> None:
 def corpus() -> list[str]:
     """Text that holds every word of the world, for training its tokenizer."""
     rng = random.Random(0)
-    lines = [f"{a} in the colour of {b}" for group in SHAPE_RIDDLES.values() for a in group
-             for things in COLOR_RIDDLES.values() for b in things]
-    lines += [draw(t, rng, allow_held_out=True)[0]["prompt"] for t in TASK_TYPES for _ in range(400)]
-    lines += [f" {size} {texture} {color} {shape} {position},"
-              for size in SIZES for texture in TEXTURES for color in COLORS
-              for shape in SHAPES for position in POSITIONS]
+    lines = [
+        f"{a} in the colour of {b}"
+        for group in SHAPE_RIDDLES.values()
+        for a in group
+        for things in COLOR_RIDDLES.values()
+        for b in things
+    ]
+    lines += [
+        draw(t, rng, allow_held_out=True)[0]["prompt"] for t in TASK_TYPES for _ in range(400)
+    ]
+    lines += [
+        f" {size} {texture} {color} {shape} {position},"
+        for size in SIZES
+        for texture in TEXTURES
+        for color in COLORS
+        for shape in SHAPES
+        for position in POSITIONS
+    ]
     return lines

@@ -7,7 +7,7 @@ picture can be read back exactly; the judge and the experts each do that in thei
 
 import random
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cache
 
 import numpy as np
 
@@ -151,7 +151,7 @@ def corrupt(scene: Scene, rng: random.Random, rate: float) -> Scene:
     return tuple(noted)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _mask(shape: str, size: str, position: str) -> np.ndarray:
     """(64, 64, 1) float32 coverage of a shape in [0, 1], from 4x supersampling."""
     factor = 4
@@ -188,7 +188,7 @@ def _inside_star(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     return x**2 + y**2 <= radius**2
 
 
-@lru_cache(maxsize=None)
+@cache
 def _pattern(texture: str) -> np.ndarray:
     """(64, 64, 1) float32: 1 where the texture shows its first colour. Period 8 pixels."""
     y, x = np.mgrid[:IMAGE_SIZE, :IMAGE_SIZE]
@@ -208,9 +208,7 @@ def render(scene: Scene) -> np.ndarray:
 
     Returns: (64, 64, 3) uint8 RGB.
     """
-    canvas = np.broadcast_to(
-        np.asarray(BACKGROUND, np.float32), (IMAGE_SIZE, IMAGE_SIZE, 3)
-    ).copy()
+    canvas = np.broadcast_to(np.asarray(BACKGROUND, np.float32), (IMAGE_SIZE, IMAGE_SIZE, 3)).copy()
     for obj in scene:
         color = np.asarray(COLORS[obj.color], np.float32)
         first = _pattern(obj.texture)

@@ -1,0 +1,44 @@
+"""Packaging. The version is written nowhere else."""
+
+from setuptools import find_packages, setup
+
+setup(
+    name="t2i-engine",
+    version="0.1.0",
+    description="Kernel-centric GRPO engine for autoregressive image generators",
+    python_requires=">=3.11",
+    packages=find_packages(
+        include=[
+            f"{name}{dots}"
+            for name in ("engine", "kernels", "bindings", "rewards", "bench")
+            for dots in ("", ".*")
+        ]
+    ),
+    package_data={
+        "engine": ["prompts/*.txt"],
+        "engine.tiny": ["data/*.jsonl", "weights/*.json", "weights/*/*"],
+    },
+    install_requires=[
+        # The ordinary build: it runs on CPU too, and torchvision imports beside it.
+        "torch>=2.11,<2.15",
+        "torchvision",
+        "triton>=3.6; platform_system == 'Linux'",
+        "transformers>=5.17,<6",
+        "safetensors",
+        "open_clip_torch",
+        "nvtx",
+        "tensorboard",
+        "numpy",
+        "pillow",
+        "pyyaml",
+        "tqdm",
+    ],
+    extras_require={
+        "test": ["pytest"],
+        "deepspeed": ["deepspeed"],
+        # A source build on a GPU machine: pip install --no-build-isolation ".[flash]"
+        "flash": ["flash-attn"],
+        "xformers": ["xformers"],
+        "bench": ["matplotlib"],
+    },
+)
