@@ -70,7 +70,10 @@ class Decoder:
         scale[:heads] = head_dim**-0.5
         half = head_dim // 2
         self.cos = (cos[:, None] * scale).view(len(cos), -1, 2, half)
-        self.sin = (sin[:, None] * scale).view(len(sin), -1, 2, half)
+        self.sin = (sin[:, None, half:] * scale).to(policy.dtype)
+        self.rotated = torch.empty(
+            (len(positions), heads + kv_heads, 2, half), dtype=policy.dtype, device=cos.device
+        )
 
     @torch.no_grad()
     def step(self, x: Tensor, slot: int) -> Tensor:
@@ -81,17 +84,19 @@ class Decoder:
         Returns: (R, D) final-norm hidden states, which predict the next token.
         """
         cache, (q_width, kv_width) = self.cache, self.split
-        rows, half = len(x), cache.head_dim // 2
         at = self.positions + slot
-        cos, sin = self.cos[at], self.sin[at]  # (R, Hq + Hkv, 2, hd / 2)
+        cos, sin = self.cos[at], self.sin[at]  # (R, Hq + Hkv, 2, hd / 2), (R, Hq + Hkv, hd / 2)
+        rotated = self.rotated
+        low, high = rotated.unbind(2)
+        q, k = rotated.flatten(2).split([cache.heads, cache.kv_heads], 1)
         for index, (norm1, w_qkv, b_qkv, o_proj, norm2, w_up, b_up, down) in enumerate(self.layers):
             qkv = F.linear(norm1(x), w_qkv, b_qkv)
-            qk = qkv[:, : q_width + kv_width].view(rows, -1, 2, half)
-            rotated = torch.addcmul(qk * cos, qk.flip(2), sin)
-            qkv[:, : q_width + kv_width].view_as(rotated).copy_(rotated)
-            kv = qkv[:, q_width:].view(rows, 2, cache.kv_heads, cache.head_dim)
-            cache.append(index, slot, kv)
-            q = qkv[:, :q_width].view(rows, cache.heads, cache.head_dim)
+            qk, v = qkv.split([q_width + kv_width, kv_width], 1)
+            qk = qk.view(rotated.shape)
+            torch.mul(qk, cos, out=rotated)
+            low.addcmul_(qk[:, :, 1], sin, value=-1)
+            high.addcmul_(qk[:, :, 0], sin)
+            cache.append(index, slot, k, v.view(k.shape))
             mixed = cache.attend(index, q, slot + 1)
             x = _add_linear(x, mixed, o_proj)
             gate, up = F.linear(norm2(x), w_up, b_up).chunk(2, -1)

@@ -91,35 +91,37 @@ class KVCache:
 
     Args:
         policy: gives the shapes, dtype and device.
-        prefixes: cover rows 0 .. R - 1 in order.
+        prefixes: cover rows 0 .. R - 1 in order, all of one width.
         suffix_length: most suffix tokens a row will hold.
     """
 
     def __init__(self, policy: Policy, prefixes: Sequence[Prefixes], suffix_length: int) -> None:
         text = policy.config.text_config
+        layers = text.num_hidden_layers
         self.prefixes = list(prefixes)
         self.heads, self.kv_heads = text.num_attention_heads, text.num_key_value_heads
         self.head_dim = head_dimension(policy.config)
         rows = sum(p.groups * p.size for p in self.prefixes)
-        self.width = max(p.keys.shape[3] for p in self.prefixes)
-        # (layers, keys | values, R, Hkv, S, head_dim)
+        (self.width,) = {p.keys.shape[3] for p in self.prefixes}
+        # A (row, key/value head) pair is one matrix of a batched product.
         self.suffix = torch.empty(
-            (text.num_hidden_layers, 2, rows, self.kv_heads, suffix_length, self.head_dim),
+            (layers, 2, rows * self.kv_heads, suffix_length, self.head_dim),
             dtype=policy.dtype,
             device=policy.device,
         )
-        # Scores of one layer: the widest prefix, then the suffix. A prefix block narrower than
-        # the widest leaves -inf in between.
-        self.scores = torch.full(
-            (rows, self.kv_heads, self.heads // self.kv_heads, self.width + suffix_length),
-            -torch.inf,
+        # One layer's scores. A step uses as much of the front as its length takes, so that they
+        # are contiguous at every length.
+        self.scores = torch.empty(
+            rows * self.heads * (self.width + suffix_length),
             dtype=torch.float32,
             device=policy.device,
         )
 
-    def append(self, layer: int, slot: int, kv: Tensor) -> None:
-        """Store the keys and values of suffix position `slot`: kv (R, 2, Hkv, head_dim)."""
-        self.suffix[layer, :, :, :, slot].copy_(kv.transpose(0, 1))
+    def append(self, layer: int, slot: int, keys: Tensor, values: Tensor) -> None:
+        """Store the keys and values of suffix position `slot`: (R, Hkv, head_dim) each."""
+        at = self.suffix[layer, :, :, slot].view(2, *keys.shape)
+        at[0].copy_(keys)
+        at[1].copy_(values)
 
     def attend(self, layer: int, q: Tensor, length: int) -> Tensor:
         """Attention of one query a row over its prefix and its first `length` suffix tokens.
@@ -128,39 +130,38 @@ class KVCache:
             q: (R, Hq, head_dim), rotated and scaled by head_dim ** -0.5.
         Returns: (R, Hq * head_dim).
         """
-        rows = q.shape[0]
-        repeat = self.heads // self.kv_heads
-        keys, values = self.suffix[layer, :, :, :, :length].unbind(0)  # (R, Hkv, length, hd)
-        grouped = q.view(rows, self.kv_heads, repeat, self.head_dim)
-        scores = self.scores[..., : self.width + length]
-        scores[..., self.width :].copy_(grouped @ keys.transpose(-1, -2))
+        rows, total = len(q), self.width + length
+        keys, values = self.suffix[layer, :, :, :length].unbind(0)  # (R * Hkv, length, hd)
+        scores = self.scores[: rows * self.heads * total].view(len(keys), -1, total)
+        q = q.reshape(len(keys), -1, self.head_dim)
+        scores[..., self.width :] = q.bmm(keys.transpose(1, 2))
         for block in self.prefixes:
-            n, g, width = block.groups, block.size, block.keys.shape[3]
-            shared = self._by_group(grouped[block.rows], n, g)  # (n, Hkv, g * repeat, hd)
-            partial = shared @ block.keys[layer].transpose(-1, -2)
-            partial = partial.view(n, self.kv_heads, g, repeat, width)
+            target = self._by_group(scores, block)[..., : self.width]
+            partial = self._batched(q, block).bmm(block.keys[layer].flatten(0, 1).transpose(1, 2))
+            target.copy_(partial.view(target.shape))
             if block.bias is not None:
-                partial += block.bias[:, :, :, None]
-            scores[block.rows, :, :, :width].view(n, g, self.kv_heads, repeat, width).copy_(
-                partial.transpose(1, 2)
-            )
+                target += block.bias[..., None, :]
         probs = scores.softmax(-1).to(q.dtype)
-        mixed = probs[..., self.width :] @ values  # (R, Hkv, repeat, hd)
+        mixed = probs[..., self.width :].bmm(values)  # (R * Hkv, repeat, hd)
         for block in self.prefixes:
-            n, g, width = block.groups, block.size, block.keys.shape[3]
-            shared = self._by_group(probs[block.rows, :, :, :width], n, g)
-            partial = (shared @ block.values[layer]).view(
-                n, self.kv_heads, g, repeat, self.head_dim
-            )
-            mixed[block.rows].view(n, g, self.kv_heads, repeat, self.head_dim).add_(
-                partial.transpose(1, 2)
-            )
+            target = self._by_group(mixed, block)
+            prefix_probs = self._batched(probs[..., : self.width], block)
+            prefix_values = block.values[layer].flatten(0, 1)
+            if block.size == 1:
+                target.view(len(prefix_values), -1, self.head_dim).baddbmm_(
+                    prefix_probs, prefix_values
+                )
+            else:
+                target += prefix_probs.bmm(prefix_values).view(target.shape)
         return mixed.view(rows, -1)
 
-    def _by_group(self, x: Tensor, groups: int, size: int) -> Tensor:
-        """(groups * size, Hkv, repeat, W) -> (groups, Hkv, size * repeat, W)."""
-        width = x.shape[-1]
-        if size == 1:
-            return x
-        x = x.view(groups, size, self.kv_heads, -1, width).transpose(1, 2)
-        return x.reshape(groups, self.kv_heads, -1, width)
+    def _by_group(self, x: Tensor, block: Prefixes) -> Tensor:
+        """(R * Hkv, repeat, W) -> the block's rows as (groups, Hkv, size, repeat, W), a view."""
+        x = x.view(-1, self.kv_heads, *x.shape[1:])[block.rows]
+        return x.view(block.groups, block.size, *x.shape[1:]).transpose(1, 2)
+
+    def _batched(self, x: Tensor, block: Prefixes) -> Tensor:
+        """(R * Hkv, repeat, W) -> (groups * Hkv, size * repeat, W); a view where strides allow."""
+        return self._by_group(x, block).reshape(
+            block.groups * self.kv_heads, -1, x.shape[-1]
+        )

@@ -19,7 +19,7 @@ from kernels.philox import gumbel
 
 # Text and image draws of one sample must not share noise: image steps are numbered from here.
 IMAGE_STEP = 1 << 20
-NOISE_BLOCK = 1 << 18  # Gumbel variables drawn at a time: few enough to stay in cache
+NOISE_BLOCK = 1 << 16  # Gumbel variables drawn at a time: few enough to stay in cache
 
 
 @dataclass(slots=True)

@@ -31,9 +31,14 @@ def philox(seed: int, c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor) -> tuple[T
         # int64 products wrap, but their low 64 bits are right; the arithmetic shift drags the
         # sign into bits that the mask then removes.
         p0, p1 = c0 * _M0, c2 * _M1
-        c0, c1, c2, c3 = ((p1 >> 32) ^ c1 ^ k0) & _MASK, p1, ((p0 >> 32) ^ c3 ^ k1) & _MASK, p0
+        c0, c1, c2, c3 = _mix(p1, c1, k0), p1, _mix(p0, c3, k1), p0
         k0, k1 = (k0 + _W0) & _MASK, (k1 + _W1) & _MASK
     return c0, c1 & _MASK, c2, c3 & _MASK
+
+
+def _mix(product: Tensor, word: Tensor, key: int) -> Tensor:
+    """High half of the product ^ word ^ key, as a 32-bit word."""
+    return ((product >> 32) ^ word).bitwise_xor_(key).bitwise_and_(_MASK)
 
 
 def gumbel(seed: int, sample_ids: Tensor, steps: Tensor, vocab: int) -> Tensor:

@@ -3,7 +3,7 @@
 import copy
 import os
 from collections.abc import Callable
-from functools import lru_cache
+from functools import cache
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -65,7 +65,7 @@ def small_config(kv_heads: int = 4, tied: bool = False) -> JanusConfig:
     )
 
 
-@lru_cache(maxsize=None)
+@cache
 def janus_pair(kv_heads: int, tied: bool) -> tuple[JanusForConditionalGeneration, Policy]:
     """transformers' model and our policy with the same weights. Read-only: tests share them."""
     torch.manual_seed(0)

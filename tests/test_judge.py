@@ -68,7 +68,7 @@ def test_judge_is_exact_on_rendered_scenes(world):
 def test_judge_survives_the_image_tokenizer(part):
     rows, _, images = part
     softened = soften(images, torch.Generator().manual_seed(0))
-    assert (judge(softened, rows) == 1).mean() > 0.95
+    assert judge(softened, rows).mean() > 0.95
 
 
 def test_judge_is_low_on_corrupted_scenes(part):

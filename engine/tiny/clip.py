@@ -25,10 +25,10 @@ from engine.tiny.world import COLORS, SHAPES, SIZES, TEXTURES, corrupt, plan_tex
 from rewards.hps import CONFIG_FILE, TOKENIZER_FILE, WEIGHTS_FILE, FolderTokenizer
 
 BATCH = 48
-NEGATIVES = 3  # one-word-wrong captions a picture; they teach more than further pictures
+NEGATIVES = 1  # one-word-wrong captions a picture; they teach more than further pictures
 LEARNING_RATE = 2e-3
 WEIGHT_DECAY = 0.02
-PLAN_SHARE = 0.15  # batches captioned by the plan, so that the words for places are learnt too
+PLAN_SHARE = 0.2  # batches captioned by the plan, so that the words for places are learnt too
 EVALUATED = 480  # pictures behind each reported accuracy
 MAX_LOGIT_SCALE = math.log(100)
 IN_COLOUR = " in the colour of "

@@ -17,7 +17,7 @@ from engine.tiny.world import BACKGROUND, COLORS, SHAPES, SIZES, TEXTURES, Obj, 
 
 CONTRAST = 62.0  # RGB distance from the background that counts as painted
 STRICT_CONTRAST = 85.0  # where a faint bridge joins two objects; pink, the palest, has 105
-MIN_AREA = 40  # pixels; the smallest object, a small star, has 84
+MIN_AREA = 32  # pixels; the smallest object, a small star, has 84
 GRID = 24  # side of the normalised outline
 WORD_KINDS = {
     **dict.fromkeys(SHAPES, "shape"),
@@ -108,9 +108,7 @@ def read_scene(image: torch.Tensor | np.ndarray) -> list[dict[str, Any]]:
         centre x, y of its bounding box, and its area, in pixels.
     """
     pixels = np.asarray(image, np.float32).transpose(1, 2, 0) * 255  # (64, 64, 3)
-    distance = np.sqrt(((pixels - np.asarray(BACKGROUND, np.float32)) ** 2).sum(-1))
-    painted = distance > CONTRAST
-    painted &= _neighbours(painted) >= 3  # lone specks are noise
+    distance, painted = _paint(pixels)
     regions = []
     for region in _regions(painted):
         wide = max(region.any(0).sum(), region.any(1).sum()) > max(SIZES.values()) + 4
@@ -118,6 +116,14 @@ def read_scene(image: torch.Tensor | np.ndarray) -> list[dict[str, Any]]:
         regions += parts if len(parts) > 1 else [region]
     objects = [_describe(pixels, region) for region in regions]
     return sorted(objects, key=lambda o: (o["x"], o["y"]))
+
+
+def _paint(pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(H, W) distance of each pixel from the background, and which ones are painted."""
+    distance = np.sqrt(((pixels - np.asarray(BACKGROUND, np.float32)) ** 2).sum(-1))
+    painted = distance > CONTRAST
+    # By majority: a speck of noise that touches an object would stretch its bounding box.
+    return distance, painted & (_neighbours(painted) >= 4)
 
 
 def _neighbours(mask: np.ndarray) -> np.ndarray:
@@ -197,8 +203,7 @@ def _outlines() -> tuple[tuple[str, ...], np.ndarray]:
     for shape in SHAPES:
         for size in SIZES:
             picture = render((Obj(shape, "blue", "plain", size),)).astype(np.float32)
-            far = np.sqrt(((picture - np.asarray(BACKGROUND, np.float32)) ** 2).sum(-1))
-            painted = far > CONTRAST
+            _, painted = _paint(picture)
             ys, xs = np.flatnonzero(painted.any(1)), np.flatnonzero(painted.any(0))
             names.append(shape)
             outlines.append(_outline(painted[ys[0] : ys[-1] + 1, xs[0] : xs[-1] + 1]))
@@ -254,7 +259,7 @@ def _color(rgb: np.ndarray, bright: np.ndarray, level: float) -> str:
 def _texture(bright: np.ndarray, inner: np.ndarray, dim: float, level: float) -> str:
     """The texture whose share of dark pixels and run lengths fit best."""
     # The second colour is 0.45 of the first; after blurring, still clearly dimmer.
-    dark = (bright < (dim + level) / 2) & (dim < 0.78 * level)
+    dark = (bright < (dim + level) / 2) & (dim < 0.7 * level)
     across = inner[:, 1:] & inner[:, :-1]
     down = inner[1:] & inner[:-1]
     signs = np.array(

@@ -52,6 +52,8 @@ class PretrainConfig:
     noisy_examples: int = option(8000, "tokenised pictures with careless captions", at_least=64)
     steps: int = option(2000, "policy steps on right captions", at_least=1)
     noisy_steps: int = option(400, "policy steps on careless captions", at_least=1)
+    resume: bool = option(False, "let the clean stage go on from the policy in the work folder")
+    text_every: int = option(4, "steps between those that train the text level too", at_least=1)
     batch_size: int = option(64, "examples in a policy step", at_least=1)
     learning_rate: float = option(2e-3, "peak learning rate of the policy", above=0)
     plan_noise: float = option(0.15, "share of a plan's words that are wrong", at_least=0, at_most=1)
@@ -177,7 +179,9 @@ class Pretraining:
             _save_examples(self.work / f"{name}.npz", examples)
             say(f"examples: {count} {name}")
 
-    def _train(self, policy: Policy, name: str, steps: int, peak_lr: float) -> None:
+    def _train(
+        self, policy: Policy, name: str, steps: int, peak_lr: float, text_every: int
+    ) -> None:
         supervised.train(
             policy,
             load_template(self.policy_folder, None),
@@ -187,16 +191,20 @@ class Pretraining:
             peak_lr=peak_lr,
             seed=self.config.seed,
             log=say,
+            text_every=text_every,
         )
 
     def make_clean(self) -> None:
-        policy = self._fresh_policy()
-        self._train(policy, "clean", self.config.steps, self.config.learning_rate)
+        if self.config.resume:
+            policy = load_policy(str(self.work / "clean"))
+        else:
+            policy = self._fresh_policy()
+        self._train(policy, "clean", self.config.steps, self.config.learning_rate, self.config.text_every)
         write_policy(policy, self.work / "clean", companions=self.policy_folder)
 
     def make_noisy(self) -> None:
         policy = load_policy(str(self.work / "clean"))
-        self._train(policy, "noisy", self.config.noisy_steps, self.config.learning_rate / 4)
+        self._train(policy, "noisy", self.config.noisy_steps, self.config.learning_rate / 4, 1)
         write_policy(policy, self.policy_folder)
 
     def make_clip(self) -> None:

@@ -76,18 +76,21 @@ def batches(examples: list[Example], size: int, rng: random.Random) -> Iterator[
             yield [examples[i] for i in order[start : start + size]]
 
 
-def losses(
-    policy: Policy, conversation: Conversation, batch: list[Example], rng: random.Random
-) -> tuple[Tensor, Tensor]:
-    """Mean cross-entropy of the plan tokens and of the image tokens, nats."""
+def text_loss(policy: Policy, conversation: Conversation, batch: list[Example]) -> Tensor:
+    """Mean cross-entropy of the plan tokens, nats."""
     plans = [torch.tensor([*conversation.encode(" " + e.plan), policy.eos]) for e in batch]
     lengths = torch.tensor([len(p) for p in plans])
     targets = torch.nn.utils.rnn.pad_sequence(plans, batch_first=True)
     mask = torch.arange(targets.shape[1]) < lengths[:, None]
-    hidden = policy.completion_hidden(
-        [conversation.stage1(e.prompt) for e in batch], targets, image=False
-    )
-    text = F.cross_entropy(policy.lm_head(hidden[mask]), targets[mask])
+    prompts = [conversation.stage1(e.prompt) for e in batch]
+    hidden = policy.completion_hidden(prompts, targets, image=False)
+    return F.cross_entropy(policy.lm_head(hidden[mask]), targets[mask])
+
+
+def image_loss(
+    policy: Policy, conversation: Conversation, batch: list[Example], rng: random.Random
+) -> Tensor:
+    """Mean cross-entropy of the image tokens, nats; some prompts are dropped for guidance."""
     prompts = []
     for example in batch:
         prompt = conversation.stage2(example.prompt, example.plan)
@@ -96,7 +99,7 @@ def losses(
     image_ids = torch.from_numpy(np.stack([e.image_ids for e in batch])).long()
     hidden = policy.completion_hidden(prompts, image_ids, image=True)
     logits = policy.model.generation_head(hidden)
-    return text, F.cross_entropy(logits.flatten(0, 1), image_ids.flatten())
+    return F.cross_entropy(logits.flatten(0, 1), image_ids.flatten())
 
 
 def initialise(policy: Policy) -> None:
@@ -128,9 +131,13 @@ def train(
     peak_lr: float,
     seed: int,
     log: Callable[[str], None],
+    text_every: int = 1,
     warmup: int = 50,
 ) -> None:
-    """Train in place with AdamW, warm-up and cosine decay to a tenth."""
+    """Train in place with AdamW, warm-up and cosine decay to a tenth.
+
+    Plans are learnt long before pictures are: the text level trains every `text_every` steps.
+    """
     rng = random.Random(seed)
     parameters = []
     for name, parameter in policy.named_parameters():
@@ -148,9 +155,13 @@ def train(
     started = time.monotonic()
     source = batches(examples, batch_size, rng)
     for step in range(1, steps + 1):
-        text, image = losses(policy, conversation, next(source), rng)
+        batch = next(source)
         optimizer.zero_grad(set_to_none=True)
-        (text + image).backward()
+        if step % text_every == 0:
+            text = text_loss(policy, conversation, batch)
+            text.backward()
+        image = image_loss(policy, conversation, batch, rng)
+        image.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         schedule.step()
