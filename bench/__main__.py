@@ -22,7 +22,9 @@ SUITES: dict[str, ModuleType] = {"rollout": rollout}
 def main(argv: list[str]) -> None:
     """Run the suite that argv names. Raises: UserError naming the suite or flag."""
     if not argv or argv[0] in ("-h", "--help"):
-        print(f"{__doc__}\nsuites: {', '.join(SUITES)} (flags of one: python -m bench SUITE --help)")
+        print(
+            f"{__doc__}\nsuites: {', '.join(SUITES)} (flags of one: python -m bench SUITE --help)"
+        )
         return
     name = argv[0]
     if name not in SUITES:

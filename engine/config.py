@@ -77,7 +77,7 @@ class TrainConfig:
     max_prompt_length: int = option(512, "longest prompt in tokens", group="rollout", at_least=1)
     max_completion_length: int = option(40, "longest plan in tokens", at_least=1)
     temperature: float = option(1.0, "sampling temperature of plans and images", above=0)
-    cfg_weight: float = option(5.0, "guidance weight; 1: no guidance", at_least=0)
+    cfg_weight: float | None = option(None, "guidance weight; 1: no guidance; none: the checkpoint's own", at_least=0)
     reasoning_prompt_path: str | None = option(None, "file with the instruction to plan; {} is the prompt")
     reward_funcs: list[Literal["hps", "gdino", "git", "orm"]] = option(("hps", "gdino", "git", "orm"), "reward experts", group="rewards")
     reward_weights: list[float] = option((), "a weight for each expert; none: all equal", at_least=0)

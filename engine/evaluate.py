@@ -29,7 +29,7 @@ from engine.policy import Policy, load_policy
 from engine.tiny.experts import build_experts
 from engine.tiny.judge import judge
 from engine.tiny.world import IMAGE_SIZE
-from engine.weights import folder_of
+from engine.weights import folder_of, guidance_scale
 from rewards import Ensemble
 
 EVAL_SEED = 0x5EED  # the same noise before and after training: differences are paired
@@ -166,7 +166,7 @@ class EvaluateConfig:
     out: str | None = option(None, "JSON file that gets the summary and a record a picture")
     num_generations: int = option(2, "pictures of each prompt", group="how", at_least=1)
     seed: int = option(EVAL_SEED, "seed of the sampling", at_least=0, below=2**32)
-    cfg_weight: float = option(5.0, "guidance weight; 1: no guidance", at_least=0)
+    cfg_weight: float | None = option(None, "guidance weight; 1: no guidance; none: the checkpoint's own", at_least=0)
     temperature: float = option(1.0, "sampling temperature", above=0)
     max_completion_length: int = option(40, "longest plan in tokens", at_least=1)
     reasoning_prompt_path: str | None = option(None, "file with the instruction to plan; {} is the prompt")
@@ -197,7 +197,7 @@ def main(argv: list[str]) -> None:
         rows,
         generations=config.num_generations,
         max_completion_length=config.max_completion_length,
-        cfg_weight=config.cfg_weight,
+        cfg_weight=guidance_scale(config.model, config.cfg_weight),
         temperature=config.temperature,
         ensemble=ensemble,
         seed=config.seed,

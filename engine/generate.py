@@ -22,7 +22,7 @@ from engine.errors import UserError, run_command
 from engine.pictures import save_grid
 from engine.policy import Policy, load_policy
 from engine.rollout import ImageRollout, TextRollout, sample_images, sample_text
-from engine.weights import folder_of
+from engine.weights import folder_of, guidance_scale
 
 
 @dataclass(slots=True)
@@ -104,7 +104,7 @@ class GenerateConfig:
     out: str = option("generated", "folder for grid.png and plans.json")
     model: str = option("tiny", "a Janus-Pro checkpoint folder, or tiny", group="how", aliases=["model_name_or_path"])
     seed: int = option(0, "seed of the sampling", at_least=0, below=2**32)
-    cfg_weight: float = option(5.0, "guidance weight; 1: no guidance", at_least=0)
+    cfg_weight: float | None = option(None, "guidance weight; 1: no guidance; none: the checkpoint's own", at_least=0)
     temperature: float = option(1.0, "sampling temperature", above=0)
     max_completion_length: int = option(40, "longest plan in tokens", at_least=1)
     reasoning_prompt_path: str | None = option(None, "file with the instruction to plan; {} is the prompt")
@@ -148,7 +148,7 @@ def main(argv: list[str]) -> None:
             sample_ids=torch.arange(start, start + len(part), device=policy.device),
             seed=config.seed,
             max_completion_length=config.max_completion_length,
-            cfg_weight=config.cfg_weight,
+            cfg_weight=guidance_scale(config.model, config.cfg_weight),
             temperature=config.temperature,
         )
         plans += made.plans

@@ -162,6 +162,4 @@ class KVCache:
 
     def _batched(self, x: Tensor, block: Prefixes) -> Tensor:
         """(R * Hkv, repeat, W) -> (groups * Hkv, size * repeat, W); a view where strides allow."""
-        return self._by_group(x, block).reshape(
-            block.groups * self.kv_heads, -1, x.shape[-1]
-        )
+        return self._by_group(x, block).reshape(block.groups * self.kv_heads, -1, x.shape[-1])

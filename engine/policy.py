@@ -205,6 +205,10 @@ class Policy(nn.Module):
         else:
             self.bos, self.eos, self.pad, self.image_start = 0, 1, 2, 3
         self._image_table: Tensor | None = None
+        self.register_load_state_dict_post_hook(Policy._forget_image_table)
+
+    def _forget_image_table(self, _keys: object = None) -> None:
+        self._image_table = None
 
     @property
     def device(self) -> torch.device:

@@ -240,6 +240,6 @@ def sample_images(
         )
         tokens[:, step] = current
         x = table[current].repeat(2, 1)
-    _require_finite(logprobs[0], order)
+    _require_finite(logprobs.sum(0), order)
     back = order.argsort()
     return ImageRollout(tokens[back], logprobs[0, back], logprobs[1, back])

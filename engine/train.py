@@ -38,7 +38,7 @@ from engine.pictures import save_grid
 from engine.policy import load_policy
 from engine.report import write_report
 from engine.run_folder import open_run, stop_on_signal
-from engine.weights import folder_of, write_policy
+from engine.weights import folder_of, guidance_scale, write_policy
 from rewards import RewardPipeline, Scores
 
 
@@ -54,6 +54,7 @@ class Trainer:
         folder = folder_of(config.model)
         template = load_template(folder, config.reasoning_prompt_path)
         dtype = getattr(torch, config.dtype)
+        config.cfg_weight = guidance_scale(config.model, config.cfg_weight)
         self.config, self.rows, self.eval_rows = config, rows, eval_rows
         self.policy = load_policy(config.model, dtype=dtype, device=device)
         self.conversation = Conversation(self.policy, template)

@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers import AutoTokenizer, JanusConfig
@@ -19,6 +20,7 @@ COMPANIONS = (
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
+    "generation_config.json",
     "prompt_template.json",
 )
 
@@ -43,8 +45,23 @@ def read_config(folder: Path) -> JanusConfig:
         raise UserError(f"{file}: wanted model_type 'janus'")
     try:
         return JanusConfig(**values)
-    except (TypeError, ValueError, KeyError) as error:
+    except (TypeError, ValueError, KeyError, StrictDataclassError) as error:
         raise UserError(f"{file}: {str(error).splitlines()[0]}") from None
+
+
+def guidance_scale(path: str, given: float | None) -> float:
+    """The guidance weight to use: the given one, else the checkpoint's own, else Janus' 5.
+
+    Transformers' Janus keeps its own in generation_config.json as `guidance_scale`.
+    """
+    file = folder_of(path) / "generation_config.json"
+    if given is not None or not file.exists():
+        return 5.0 if given is None else given
+    try:
+        found = json.loads(file.read_text()).get("guidance_scale", 5.0)
+        return float(5.0 if found is None else found)
+    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError, TypeError, ValueError):
+        raise UserError(f"{file}: wanted a JSON object with a number guidance_scale") from None
 
 
 def _shards(folder: Path) -> list[Path]:

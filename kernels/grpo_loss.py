@@ -61,7 +61,8 @@ def linear_grpo_loss(
             (ratio 1, on-policy).
         ref_logprobs: (N,) nats of the reference policy; None: no KL.
         token_weights: (N,) mask and normaliser in one; None: 1 / N.
-        sequence_ids: (N,) int64; given, the ratio is one a sequence (GSPO).
+        sequence_ids: (N,) int64; given, the ratio is one a sequence (GSPO), over its tokens of
+            non-zero weight.
     Raises: ValueError naming the argument.
     """
     check_head(hidden, weight, targets, bias, temperature)
@@ -87,20 +88,28 @@ def linear_grpo_loss(
         )
     logits = reference.linear_logits(hidden, weight, bias, temperature)
     logprobs = reference.log_softmax_at(logits, targets)
+    old_logprobs = logprobs.detach() if old_logprobs is None else old_logprobs
+    if token_weights is not None:
+        # A masked token may hold anything: NaN would survive a product with 0, also backwards.
+        masked = token_weights == 0
+        advantages = advantages.masked_fill(masked, 0)
+        old_logprobs = torch.where(masked, logprobs.detach(), old_logprobs)
+        if ref_logprobs is not None:
+            ref_logprobs = torch.where(masked, logprobs.detach(), ref_logprobs)
     loss, kl, clipped = reference.grpo_token_loss(
         logprobs,
-        logprobs.detach() if old_logprobs is None else old_logprobs,
+        old_logprobs,
         ref_logprobs,
         advantages,
         clip_low=clip_low,
         clip_high=clip_high,
         beta=beta,
         sequence_ids=sequence_ids,
+        counted=None if token_weights is None else token_weights != 0,
     )
     if token_weights is None:
         token_weights = torch.full_like(loss, 1 / max(len(loss), 1))
-    # A masked token may hold anything, infinities included: 0 * inf must not reach the sum.
-    loss = torch.where(token_weights != 0, loss, 0) * token_weights
+    loss = loss * token_weights
     with torch.no_grad():
         shares = token_weights / token_weights.sum().clamp(min=torch.finfo(loss.dtype).tiny)
         full = logits.log_softmax(-1)

@@ -34,6 +34,7 @@ from engine.weights import write_policy
 STAGES = ("data", "tokenizer", "vq", "examples", "clean", "noisy", "clip")
 Stage = Literal["data", "tokenizer", "vq", "examples", "clean", "noisy", "clip"]
 WIDTH, LAYERS, HEADS, INTERMEDIATE, CONTEXT = 128, 5, 4, 384, 256
+GUIDANCE = 1.5  # as strong as this model bears: its distributions are sharp already
 INSTRUCTION = {"system": "", "reasoning": "plan: {}"}
 
 
@@ -140,6 +141,8 @@ class Pretraining:
         train_tokenizer([*corpus(), INSTRUCTION["reasoning"]], self.policy_folder)
         text = json.dumps(INSTRUCTION, indent=2) + "\n"
         atomic_write_text(self.policy_folder / "prompt_template.json", text)
+        guidance = json.dumps({"guidance_scale": GUIDANCE}, indent=2) + "\n"
+        atomic_write_text(self.policy_folder / "generation_config.json", guidance)
 
     def _vq(self) -> JanusVQVAE:
         model = JanusVQVAE(vq.vq_config(WIDTH))
