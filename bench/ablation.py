@@ -19,7 +19,7 @@ from bench import machine
 from engine.config import check_fields, option, parse_args
 from engine.errors import UserError, run_command
 
-LEVELS = {"semantic": "semantic", "token": "token", "both": "semantic,token"}
+LEVELS = {"both": "semantic,token", "semantic": "semantic", "token": "token"}
 RIDDLES = "riddle"  # the task type that needs the plan
 
 Summaries = dict[str, dict[int, dict]]  # level -> seed -> summary.json
@@ -42,7 +42,7 @@ class Config:
 def main(argv: list[str]) -> None:
     """Run what is missing, then write the table."""
     config = parse_args(Config, argv, description=__doc__.splitlines()[0])
-    runs = [(level, seed) for seed in config.seeds for level in LEVELS]
+    runs = [(level, seed) for level in LEVELS for seed in config.seeds]
     with ThreadPoolExecutor(config.jobs) as pool:
         failed = [run for run in pool.map(lambda run: _train(config, *run), runs) if run]
     if failed:

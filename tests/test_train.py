@@ -25,6 +25,7 @@ SMALL = [
     "--save_steps=1",
     "--sample_steps=100",
     "--threads=1",
+    "--lr_scheduler_type=constant",  # a run may then be lengthened
 ]
 
 

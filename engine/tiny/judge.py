@@ -264,10 +264,15 @@ def _texture(bright: np.ndarray, inner: np.ndarray, dim: float, level: float) ->
     down = inner[1:] & inner[:-1]
     signs = np.array(
         [
-            dark[inner].mean(),
-            (dark[:, 1:] != dark[:, :-1])[across].mean(),
-            (dark[1:] != dark[:-1])[down].mean(),
+            _share(dark[inner]),
+            _share((dark[:, 1:] != dark[:, :-1])[across]),
+            _share((dark[1:] != dark[:-1])[down]),
         ]
     )
     wrong = {name: np.abs((signs - sign) * (1, 2, 2)).sum() for name, sign in TEXTURE_SIGNS.items()}
     return min(wrong, key=wrong.__getitem__)
+
+
+def _share(flags: np.ndarray) -> float:
+    """Share of true flags; 0 of none, as a region one pixel wide has no neighbours to compare."""
+    return float(flags.mean()) if flags.size else 0.0

@@ -49,17 +49,17 @@ class PretrainConfig:
     seed: int = option(0, "seed of everything", at_least=0)
     threads: int = option(0, "CPU threads; 0: torch's choice", at_least=0)
     vq_steps: int = option(2600, "training steps of the image tokenizer", at_least=1)
-    examples: int = option(24000, "tokenised pictures with right captions", at_least=64)
-    noisy_examples: int = option(8000, "tokenised pictures with careless captions", at_least=64)
-    steps: int = option(2000, "policy steps on right captions", at_least=1)
-    noisy_steps: int = option(400, "policy steps on careless captions", at_least=1)
+    examples: int = option(16000, "tokenised pictures with right captions", at_least=64)
+    noisy_examples: int = option(7200, "tokenised pictures with careless captions", at_least=64)
+    steps: int = option(3100, "policy steps on right captions", at_least=1)
+    noisy_steps: int = option(570, "policy steps on careless captions", at_least=1)
     resume: bool = option(False, "let the clean stage go on from the policy in the work folder")
     text_every: int = option(4, "steps between those that train the text level too", at_least=1)
-    batch_size: int = option(64, "examples in a policy step", at_least=1)
+    batch_size: int = option(32, "examples in a policy step", at_least=1)
     learning_rate: float = option(2e-3, "peak learning rate of the policy", above=0)
-    plan_noise: float = option(0.15, "share of a plan's words that are wrong", at_least=0, at_most=1)
-    image_noise: float = option(0.05, "share of a picture's properties that differ from its plan", at_least=0, at_most=1)
-    clip_steps: int = option(800, "training steps of the human-preference expert", at_least=1)
+    plan_noise: float = option(0.1, "share of a plan's words that are wrong", at_least=0, at_most=1)
+    image_noise: float = option(0.01, "share of a picture's properties that differ from its plan", at_least=0, at_most=1)
+    clip_steps: int = option(600, "training steps of the human-preference expert", at_least=1)
     # fmt: on
 
     def __post_init__(self) -> None:
@@ -207,7 +207,7 @@ class Pretraining:
 
     def make_noisy(self) -> None:
         policy = load_policy(str(self.work / "clean"))
-        self._train(policy, "noisy", self.config.noisy_steps, self.config.learning_rate / 4, 1)
+        self._train(policy, "noisy", self.config.noisy_steps, self.config.learning_rate / 4, 2)
         write_policy(policy, self.policy_folder)
 
     def make_clip(self) -> None:

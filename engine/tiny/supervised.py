@@ -25,6 +25,8 @@ from engine.tiny.world import Scene, corrupt, plan_text, render
 
 UNCONDITIONAL_SHARE = 0.1  # image examples whose prompt is dropped, for guidance
 RIDDLE_FACTOR = 2.0  # riddles are noted down even more carelessly
+# Riddles count twice: no other task type shows a single object in the middle.
+TASKS_DRAWN = (*TASK_TYPES, "riddle")
 
 
 @dataclass(slots=True)
@@ -51,8 +53,8 @@ def make_examples(
     """Draw prompts (none of `banned`), note plans, render and tokenise the pictures."""
     drawn: list[tuple[str, str, Scene]] = []
     while len(drawn) < count:
-        task_type = rng.choice(TASK_TYPES)
-        row, scene = draw(task_type, rng)
+        task_type = rng.choice(TASKS_DRAWN)
+        row, scene = draw(task_type, rng, allow_held_out=True)
         if row["prompt"] in banned:
             continue
         rate = noise.plan * (RIDDLE_FACTOR if task_type == "riddle" else 1.0)

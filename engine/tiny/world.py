@@ -41,7 +41,7 @@ QUADRANTS = ("upper left", "upper right", "lower left", "lower right")
 PAIRS = (("left", "right"), ("top", "bottom"))
 DARKEN = 0.45  # the second colour of a texture, as a share of the first
 
-# Combinations that no training prompt and no pretraining picture contains.
+# Combinations that no training prompt asks for; every other held-out prompt does.
 HELD_OUT_COLORED = frozenset(
     {
         ("purple", "circle"),
