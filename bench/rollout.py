@@ -32,6 +32,7 @@ class Config:
     json: bool = option(False, "print one JSON object instead of a table")
     threads: int = option(0, "torch threads of every provider; 0: torch's default", at_least=0)
     images: int = option(64, "images of the tiny model", at_least=1)
+    prompts: int = option(0, "distinct prompts of the tiny model; 0: one an image", at_least=0)
     repeats: int = option(5, "timed runs of each provider on the tiny model", at_least=1)
     mini_repeats: int = option(2, "timed runs of each provider on the mini model", at_least=1)
     skip_mini: bool = option(False, "leave the mini model out")
@@ -43,7 +44,8 @@ class Config:
 def run(config: Config) -> dict:
     """The suite's {"rows", "ratios", "correct"}."""
     policy = load_policy("tiny", dtype=torch.float32)
-    prompts = distinct_prompts(policy, config.images, 40)
+    distinct = distinct_prompts(policy, min(config.prompts or config.images, config.images), 40)
+    prompts = [distinct[i * len(distinct) // config.images] for i in range(config.images)]
     rows, ratios = compare(policy, prompts, "tiny", repeats=config.repeats, checked=20)
     if not config.skip_mini:
         policy = mini_policy()

@@ -68,7 +68,7 @@ class TrainConfig:
     run_name: str = option("", "name of the run folder; empty: <model>-<seed>")
     seed: int = option(0, "seed of prompt order and sampling", at_least=0, below=2**32)
     resume: bool = option(False, "continue the run folder from its last checkpoint")
-    max_steps: int = option(64, "training steps", group="batch", at_least=1)
+    max_steps: int = option(80, "training steps", group="batch", at_least=1)
     prompts_per_step: int = option(8, "prompts in a step", at_least=1)
     num_generations: int = option(8, "plans (semantic CoTs) sampled for a prompt", at_least=1)
     images_per_plan: int = option(1, "images sampled for a plan", at_least=1, aliases=["new_generations_image"])

@@ -52,7 +52,7 @@ class PretrainConfig:
     examples: int = option(16000, "tokenised pictures with right captions", at_least=64)
     noisy_examples: int = option(7200, "tokenised pictures with careless captions", at_least=64)
     steps: int = option(3100, "policy steps on right captions", at_least=1)
-    noisy_steps: int = option(570, "policy steps on careless captions", at_least=1)
+    noisy_steps: int = option(710, "policy steps on careless captions", at_least=1)
     resume: bool = option(False, "let the clean stage go on from the policy in the work folder")
     text_every: int = option(4, "steps between those that train the text level too", at_least=1)
     batch_size: int = option(32, "examples in a policy step", at_least=1)

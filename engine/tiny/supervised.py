@@ -24,7 +24,7 @@ from engine.tiny.vq import encode
 from engine.tiny.world import Scene, corrupt, plan_text, render
 
 UNCONDITIONAL_SHARE = 0.1  # image examples whose prompt is dropped, for guidance
-RIDDLE_FACTOR = 2.0  # riddles are noted down even more carelessly
+RIDDLE_FACTOR = 3.0  # riddles are noted down even more carelessly
 # Riddles count twice: no other task type shows a single object in the middle.
 TASKS_DRAWN = (*TASK_TYPES, "riddle")
 
