@@ -5,6 +5,8 @@ both, for each seed, and writes docs/ablation.md from the runs' summaries. Runs 
 summary.json are not repeated; one that was interrupted is resumed.
 """
 
+# ruff: noqa: RUF009  `option` makes a dataclasses.field, which ruff cannot know
+
 import json
 import shlex
 import statistics

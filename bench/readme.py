@@ -106,9 +106,7 @@ def table(runs: list[Path], rollout: dict[str, Any]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--run", type=Path, nargs="+", default=[ROOT / "runs" / "tiny-0"])
-    parser.add_argument(
-        "--rollout", type=Path, default=ROOT / "bench" / "results" / "rollout.json"
-    )
+    parser.add_argument("--rollout", type=Path, default=ROOT / "bench" / "results" / "rollout.json")
     arguments = parser.parse_args()
     ASSETS.mkdir(parents=True, exist_ok=True)
     try:

@@ -5,7 +5,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engine.kv_cache import KVCache
-from engine.policy import Policy, RMSNorm, rope_tables
+from engine.policy import Policy, RMSNorm
+from engine.rope import rope_tables
 
 
 def packed(*linears: nn.Linear) -> tuple[Tensor, Tensor | None]:

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from engine.policy import Policy, head_dimension, rope_tables
+from engine.policy import Policy
+from engine.rope import head_dimension, rope_tables
 
 
 @dataclass(slots=True)

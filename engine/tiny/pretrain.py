@@ -202,7 +202,9 @@ class Pretraining:
             policy = load_policy(str(self.work / "clean"))
         else:
             policy = self._fresh_policy()
-        self._train(policy, "clean", self.config.steps, self.config.learning_rate, self.config.text_every)
+        self._train(
+            policy, "clean", self.config.steps, self.config.learning_rate, self.config.text_every
+        )
         write_policy(policy, self.work / "clean", companions=self.policy_folder)
 
     def make_noisy(self) -> None:
