@@ -202,7 +202,7 @@ class Redness:
 def test_loop_raises_a_toy_reward(tmp_path):
     from rewards import Ensemble, RewardPipeline
 
-    rows = [{"prompt": p} for p in ("two circles", "three squares", "a star and a cross")]
+    rows = [{"prompt": p, "nouns": ["circle"]} for p in ("two circles", "one star", "a cross")]
     flags = ("--max_steps=8", "--num_generations=8", "--learning_rate=2e-3", "--threads=2")
     trainer = Trainer(small(tmp_path, "toy", *flags), rows, rows)
     trainer.ensemble = Ensemble([Redness()])
