@@ -49,14 +49,21 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x (B, T, D) -> output (B, T, D) and this layer's k, v (B, Hkv, T, head_dim)."""
         batch, length, _ = x.shape
-        q = self.q_proj(x).view(batch, length, self.heads, self.head_dim).transpose(1, 2)
-        k = self.k_proj(x).view(batch, length, self.kv_heads, self.head_dim).transpose(1, 2)
-        v = self.v_proj(x).view(batch, length, self.kv_heads, self.head_dim).transpose(1, 2)
-        q, k = rotate(q, cos, sin).to(x.dtype), rotate(k, cos, sin).to(x.dtype)
+        q = rotate(self._by_head(self.q_proj(x)), cos, sin).to(x.dtype)
+        k, v = self.keys_values(x, cos, sin)
         mixed = F.scaled_dot_product_attention(
             q, k, v, is_causal=True, enable_gqa=self.heads != self.kv_heads
         )
         return self.o_proj(mixed.transpose(1, 2).reshape(batch, length, -1)), k, v
+
+    def keys_values(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        """x (B, T, D) -> k, v (B, Hkv, T, head_dim), k rotated."""
+        k = rotate(self._by_head(self.k_proj(x)), cos, sin).to(x.dtype)
+        return k, self._by_head(self.v_proj(x))
+
+    def _by_head(self, x: Tensor) -> Tensor:
+        """(B, T, H * head_dim) -> (B, H, T, head_dim)."""
+        return x.view(*x.shape[:2], -1, self.head_dim).transpose(1, 2)
 
 
 class MLP(nn.Module):

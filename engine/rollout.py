@@ -11,10 +11,13 @@ import torch
 from torch import Tensor
 
 from engine.decode import Decoder
+from engine.decode_cuda import StaticDecoder
 from engine.errors import UserError
 from engine.kv_cache import KVCache, prefill, share
 from engine.policy import Policy
+from engine.static_step import Sampling
 from kernels import cfg_sample
+from kernels.dispatch import use_triton
 from kernels.philox import gumbel
 
 # Text and image draws of one sample must not share noise: image steps are numbered from here.
@@ -139,9 +142,23 @@ def sample_text(
     device = policy.device
     count = len(prompts)
     ids = _sample_ids(sample_ids, count, device)[order]
+    if use_triton(policy.lm_head.weight):
+        sampling = Sampling(
+            image=False,
+            first_step=0,
+            sample_ids=ids,
+            temperature=temperature,
+            seed=seed,
+            greedy=greedy,
+        )
+        drawn = StaticDecoder(
+            policy, distinct, owner, order, steps=max_new_tokens, sampling=sampling
+        ).decode()
+        back = order.argsort()
+        return TextRollout(drawn.ids[back], drawn.mask[back], drawn.logprobs[back])
     lengths = torch.tensor([len(p) for p in distinct], device=device)[owner] - 1
     keys, values = prefill(policy, [p[:-1] for p in distinct])
-    prefixes = share(keys, values, lengths, owner=owner, first=0)
+    prefixes = share(keys, values, lengths, owner=owner)
     cache = KVCache(policy, [prefixes], max_new_tokens)
     decoder = Decoder(policy, cache, lengths, max_new_tokens)
     noise = _Noise(seed, ids, policy.config.text_config.vocab_size, 0, max_new_tokens)
@@ -154,7 +171,7 @@ def sample_text(
     for step in range(max_new_tokens):
         hidden = decoder.step(policy.embed_text(current), step)
         current, logprob, _ = cfg_sample(
-            policy.lm_head(hidden),
+            decoder.text_logits(hidden),
             None,
             cfg_weight=1.0,
             temperature=temperature,
@@ -206,25 +223,39 @@ def sample_images(
     device = policy.device
     count = len(prompts)
     ids = _sample_ids(sample_ids, count, device)[order]
+    if use_triton(policy.lm_head.weight):
+        sampling = Sampling(
+            image=True,
+            first_step=IMAGE_STEP,
+            sample_ids=ids,
+            temperature=temperature,
+            seed=seed,
+            greedy=greedy,
+            cfg_weight=cfg_weight,
+            top_k=top_k,
+            top_p=top_p,
+        )
+        drawn = StaticDecoder(
+            policy, distinct, owner, order, steps=steps, sampling=sampling
+        ).decode()
+        back = order.argsort()
+        return ImageRollout(drawn.ids[back], drawn.logprobs[back], drawn.guided_logprobs[back])
     lengths = torch.tensor([len(p) for p in distinct], device=device)[owner] - 1
     # Every unconditional prefix is a head of the longest one, image-start being a suffix token.
     blank = policy.unconditional(max(distinct, key=len))[:-1]
     keys, values = prefill(policy, [*(p[:-1] for p in distinct), blank])
-    cond = share(keys[:, :-1], values[:, :-1], lengths, owner=owner, first=0)
-    uncond = share(
-        keys[:, -1:], values[:, -1:], lengths, owner=torch.zeros_like(owner), first=count
-    )
+    cond = share(keys[:, :-1], values[:, :-1], lengths, owner=owner)
+    uncond = share(keys[:, -1:], values[:, -1:], lengths, owner=torch.zeros_like(owner))
     cache = KVCache(policy, [cond, uncond], steps)
     decoder = Decoder(policy, cache, lengths.repeat(2), steps)
     noise = _Noise(seed, ids, policy.config.vq_config.num_embeddings, IMAGE_STEP, steps)
     table = policy.image_table()
-    head = policy.model.generation_head
     tokens = torch.empty((count, steps), dtype=torch.int64, device=device)
     logprobs = torch.empty((2, count, steps), dtype=torch.float32, device=device)
     last = torch.stack([p[-1] for p in distinct])[owner]
     x = policy.embed_text(last).repeat(2, 1)  # rows: conditional, then unconditional
     for step in range(steps):
-        logits = head(decoder.step(x, step))
+        logits = decoder.image_logits(decoder.step(x, step))
         current, logprobs[0, :, step], logprobs[1, :, step] = cfg_sample(
             logits[:count],
             logits[count:],
