@@ -26,6 +26,14 @@ def yaml_file(folder: Path, text: str) -> str:
     return str(path)
 
 
+def test_defaults_follow_the_model():
+    """A real checkpoint must not be trained at the embedded model's rate."""
+    assert (TrainConfig().max_steps, TrainConfig().learning_rate) == (80, 4e-4)
+    real = TrainConfig(model="Janus-Pro-1B")
+    assert (real.max_steps, real.learning_rate, real.beta) == (1600, 1e-6, 0.01)
+    assert TrainConfig(model="Janus-Pro-1B", beta=0, learning_rate=2e-6).beta == 0
+
+
 def test_defaults_make_the_tiny_run():
     config = parse()
     assert config == TrainConfig()
