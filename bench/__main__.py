@@ -10,13 +10,17 @@ from types import ModuleType
 
 import torch
 
-from bench import machine, rollout
+from bench import gpu_check, kernels, machine, rollout
 from engine.config import nearest, parse_args
 from engine.errors import UserError, run_command
 
 # A suite is a module with a settings class `Config` (which has json and threads) and
 # run(config) -> {"rows": [...], "ratios": {...}, "correct": bool}.
-SUITES: dict[str, ModuleType] = {"rollout": rollout}
+SUITES: dict[str, ModuleType] = {
+    "rollout": rollout,
+    "kernels": kernels,
+    "gpu_check": gpu_check,
+}
 
 
 def main(argv: list[str]) -> None:

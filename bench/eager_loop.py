@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, LlamaModel
+from transformers import Cache, DynamicCache, LlamaModel, StaticCache
 
 from engine.policy import Policy
 
@@ -44,13 +44,21 @@ class EagerLoop:
     Args:
         policy: gives the trunk's weights (copied into transformers' LlamaModel) and the image
             modules (used as they are).
+
+    Attributes:
+        static_tokens: tokens that a StaticCache holds, as transformers' own Janus generation uses
+            one; None for the DynamicCache of the published loop.
     """
+
+    static_tokens: int | None = None
 
     def __init__(self, policy: Policy) -> None:
         config = policy.config.text_config
         config._attn_implementation = "sdpa"
         self.llama = LlamaModel(config).to(device=policy.device, dtype=policy.dtype).eval()
         self.llama.load_state_dict(policy.model.language_model.state_dict())
+        # `to` has rounded the rotary frequencies as well, which from_pretrained leaves in fp32.
+        self.llama.rotary_emb = type(self.llama.rotary_emb)(config).to(policy.device)
         self.policy = policy
 
     @torch.inference_mode()
@@ -98,6 +106,11 @@ class EagerLoop:
             torch.cat([p.gaps for p in parts]),
         )
 
+    def _cache(self) -> Cache:
+        if self.static_tokens is None:
+            return DynamicCache(config=self.llama.config)
+        return StaticCache(config=self.llama.config, max_cache_len=self.static_tokens)
+
     def _chunk(
         self, prompts: Sequence[Tensor], cfg_weight: float, given: Tensor | None
     ) -> EagerRollout:
@@ -107,7 +120,7 @@ class EagerLoop:
         steps, count = policy.image_tokens, len(prompts)
         rows = [row for p in prompts for row in (p, policy.unconditional(p))]
         embeds = policy.embed_text(torch.stack(rows))  # (2B, L, D)
-        cache = DynamicCache(config=self.llama.config)
+        cache = self._cache()
         ids = torch.empty((count, steps), dtype=torch.int64, device=embeds.device)
         scores = None
         if given is not None:

@@ -4,7 +4,35 @@ Importing this package pulls in torch only.
 """
 
 from kernels.cfg_sample import cfg_sample
+from kernels.decode_attention import (
+    decode_attention,
+    decode_attention_workspace,
+    prefix_tiles,
+    tile_rows,
+)
 from kernels.grpo_loss import LossOutput, linear_grpo_loss
+from kernels.head_sample import head_sample, head_workspace
+from kernels.kv_append import kv_append
 from kernels.linear_logprobs import linear_logprobs
+from kernels.rms_norm import rms_norm
+from kernels.sample_step import error_place, sample_step, sample_workspace
+from kernels.swiglu import swiglu
 
-__all__ = ["LossOutput", "cfg_sample", "linear_grpo_loss", "linear_logprobs"]
+__all__ = [
+    "LossOutput",
+    "cfg_sample",
+    "decode_attention",
+    "decode_attention_workspace",
+    "error_place",
+    "head_sample",
+    "head_workspace",
+    "kv_append",
+    "linear_grpo_loss",
+    "linear_logprobs",
+    "prefix_tiles",
+    "rms_norm",
+    "sample_step",
+    "sample_workspace",
+    "swiglu",
+    "tile_rows",
+]

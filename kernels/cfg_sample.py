@@ -4,7 +4,10 @@ import torch
 from torch import Tensor
 
 from kernels import reference
+from kernels.dispatch import use_triton
 from kernels.philox import gumbel
+
+MOST_ENTRIES = 1 << 24  # a vocabulary index must be exact in fp32
 
 
 def cfg_sample(
@@ -27,7 +30,8 @@ def cfg_sample(
     The draw is a pure function of (logits, seed, sample id, step).
 
     Args:
-        cond: (B, V) logits of any floating dtype; strided views are welcome.
+        cond: (B, V) logits; strided views are welcome. On CUDA bf16, fp16 or fp32 with a last
+            stride of 1; elsewhere any floating dtype.
         uncond: (B, V), or None for unguided sampling.
         cfg_weight: guidance weight; 1 is unguided.
         temperature: > 0; applies to both returned log-probs.
@@ -43,20 +47,29 @@ def cfg_sample(
         under softmax(guided / temperature) without top-k/top-p, (B,) fp32 nats. A row whose
         logits are NaN or all -inf has a non-finite log-prob.
     Raises: ValueError naming the argument.
+    Numerics: fp32; the first of equal scores wins. Batch-invariant. Traffic: read the logits once;
+        top-k and top-p sort a copy of the guided ones.
     Source: Gumbel-max trick; classifier-free guidance, arXiv:2207.12598.
     """
-    if cond.ndim != 2:
-        raise ValueError(f"cond: wanted (B, V), got {tuple(cond.shape)}")
-    if uncond is not None and uncond.shape != cond.shape:
-        raise ValueError(f"uncond: wanted {tuple(cond.shape)}, got {tuple(uncond.shape)}")
-    if not temperature > 0:
-        raise ValueError(f"temperature: wanted > 0, got {temperature}")
-    if top_k < 0:
-        raise ValueError(f"top_k: wanted >= 0, got {top_k}")
-    if not 0 < top_p <= 1:
-        raise ValueError(f"top_p: wanted (0, 1], got {top_p}")
-    if sample_ids.shape != cond.shape[:1]:
-        raise ValueError(f"sample_ids: wanted ({len(cond)},), got {tuple(sample_ids.shape)}")
+    check_logits(cond, uncond)
+    check_sampling(len(cond), temperature, sample_ids, top_k, top_p)
+    if noise is not None and noise.shape != cond.shape:
+        raise ValueError(f"noise: wanted {tuple(cond.shape)}, got {tuple(noise.shape)}")
+    if use_triton(cond):
+        from kernels.gpu.cfg_sample import launch_cfg_sample
+
+        return launch_cfg_sample(
+            cond,
+            uncond,
+            None if greedy else kept_logits(cond, uncond, cfg_weight, temperature, top_k, top_p),
+            None if noise is None else noise.float().contiguous(),
+            cfg_weight=cfg_weight,
+            temperature=temperature,
+            seed=seed,
+            sample_ids=sample_ids,
+            step=step,
+            greedy=greedy,
+        )
     if greedy:
         noise = None
     elif noise is None:
@@ -71,3 +84,61 @@ def cfg_sample(
         top_k=top_k,
         top_p=top_p,
     )
+
+
+def check_logits(cond: Tensor, uncond: Tensor | None) -> None:
+    """Raise ValueError naming the logits that cannot be sampled from."""
+    if cond.ndim != 2 or not 0 < cond.shape[1] < MOST_ENTRIES:
+        raise ValueError(f"cond: wanted (B, V), 0 < V < 2**24, got {tuple(cond.shape)}")
+    if uncond is not None and (uncond.shape, uncond.device) != (cond.shape, cond.device):
+        raise ValueError(
+            f"uncond: wanted {tuple(cond.shape)} on {cond.device}, "
+            f"got {tuple(uncond.shape)} on {uncond.device}"
+        )
+    if not use_triton(cond):
+        return
+    for name, logits in (("cond", cond), ("uncond", uncond)):
+        if logits is None:
+            continue
+        if logits.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+            raise ValueError(f"{name}: wanted bf16, fp16 or fp32, got {logits.dtype}")
+        if logits.stride(1) != 1 and logits.shape[1] > 1:
+            raise ValueError(f"{name}: wanted a last stride of 1, got {logits.stride()}")
+
+
+def check_sampling(
+    rows: int, temperature: float, sample_ids: Tensor, top_k: int = 0, top_p: float = 1.0
+) -> None:
+    """Raise ValueError naming the argument."""
+    if not temperature > 0:
+        raise ValueError(f"temperature: wanted > 0, got {temperature}")
+    if top_k < 0:
+        raise ValueError(f"top_k: wanted >= 0, got {top_k}")
+    if not 0 < top_p <= 1:
+        raise ValueError(f"top_p: wanted (0, 1], got {top_p}")
+    if sample_ids.shape != (rows,):
+        raise ValueError(f"sample_ids: wanted ({rows},), got {tuple(sample_ids.shape)}")
+    if sample_ids.dtype != torch.int64 or not sample_ids.is_contiguous():
+        raise ValueError(
+            f"sample_ids: wanted contiguous int64, got {sample_ids.dtype} "
+            f"of strides {sample_ids.stride()}"
+        )
+
+
+def kept_logits(
+    cond: Tensor,
+    uncond: Tensor | None,
+    cfg_weight: float,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+) -> Tensor | None:
+    """What the kernels sample from under top-k and top-p: the reference's own support.
+
+    Sorted with torch, without waiting for the device. None where nothing is excluded.
+    """
+    if top_p == 1.0 and not 0 < top_k < cond.shape[1]:
+        return None
+    return reference.keep_top(
+        reference.tempered(cond, uncond, cfg_weight, temperature)[1], top_k, top_p
+    ).contiguous()

@@ -24,6 +24,17 @@ def guide(cond: Tensor, uncond: Tensor | None, cfg_weight: float) -> Tensor:
     return torch.add(uncond, cond - uncond, alpha=cfg_weight)
 
 
+def tempered(
+    cond: Tensor, uncond: Tensor | None, cfg_weight: float, temperature: float
+) -> tuple[Tensor, Tensor]:
+    """Conditional and guided logits in fp32 (fp64 for fp64), over the temperature."""
+    cond = as_float(cond)
+    guided = guide(cond, None if uncond is None else as_float(uncond), cfg_weight)
+    if temperature != 1.0:
+        cond, guided = cond / temperature, guided / temperature
+    return cond, guided
+
+
 def keep_top(logits: Tensor, top_k: int, top_p: float) -> Tensor:
     """Set to -inf what top-k, then top-p, exclude.
 
@@ -55,10 +66,7 @@ def cfg_sample(
     top_p: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gumbel-max draw from the guided distribution; noise None is greedy. See kernels.cfg_sample."""
-    cond = as_float(cond)
-    guided = guide(cond, None if uncond is None else as_float(uncond), cfg_weight)
-    if temperature != 1.0:
-        cond, guided = cond / temperature, guided / temperature
+    cond, guided = tempered(cond, uncond, cfg_weight, temperature)
     kept = keep_top(guided, top_k, top_p)
     ids = (kept if noise is None else kept + noise).argmax(-1)
     guided_logprobs = log_softmax_at(guided, ids)

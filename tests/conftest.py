@@ -7,8 +7,22 @@ from functools import cache
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import importlib
+import pkgutil
+
 import pytest
 import torch
+
+# Without a GPU the kernels run in Triton's interpreter, which is chosen when Triton and the kernels
+# are imported. Afterwards CPU tensors take the PyTorch path again, except under `interpreter`.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+import kernels.gpu
+
+for module in pkgutil.iter_modules(kernels.gpu.__path__):
+    importlib.import_module(f"kernels.gpu.{module.name}")
+os.environ.pop("TRITON_INTERPRET", None)
+
 from torch import Tensor
 from transformers import (
     JanusConfig,
@@ -83,6 +97,17 @@ def janus_pair(kv_heads: int, tied: bool) -> tuple[JanusForConditionalGeneration
     ours.load_state_dict({k: v for k, v in weights.items() if not k.startswith(UNDERSTANDING)})
     ours.freeze_generation()
     return theirs, ours
+
+
+@pytest.fixture
+def device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture
+def interpreter(monkeypatch) -> None:
+    """Public ops take the Triton path on CPU tensors too."""
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture

@@ -1,0 +1,169 @@
+"""The ops as torch.ops.t2i.*, for torch.compile and for programs that call ops by name.
+
+Importing this module registers them: schemas, fake kernels for tracing, and the gradient of
+linear_logprobs. Eager code calls the functions of `kernels` directly, which costs less per call.
+Arguments are those of the functions of the same name; results are always new tensors, and tensors
+that an op writes are marked in its schema. A seed must fit in a signed 64-bit integer.
+"""
+
+import torch
+from torch import Tensor
+
+import kernels
+from kernels.decode_attention import decode_attention
+from kernels.head_sample import head_sample
+from kernels.kv_append import kv_append
+from kernels.reference import linear_logits
+from kernels.sample_step import sample_step
+
+_STATE = (
+    "Tensor(a!) step, int step_offset, Tensor table, Tensor(b!) x, Tensor(c!) tokens, "
+    "Tensor(d!)? logprobs, Tensor(e!)? guided_logprobs, Tensor(f!) error, int? eos=None, "
+    "Tensor(g!)? alive=None, int pad=0, Tensor(h!)? workspace=None"
+)
+_DRAW = "float cfg_weight, float temperature, int seed, Tensor sample_ids"
+
+SCHEMAS = {
+    "cfg_sample": (
+        f"(Tensor cond, Tensor? uncond, *, {_DRAW}, int step, int top_k=0, float top_p=1.0, "
+        "bool greedy=False) -> (Tensor, Tensor, Tensor)"
+    ),
+    "rms_norm": "(Tensor x, Tensor weight, float eps) -> Tensor",
+    "add_rms_norm": "(Tensor x, Tensor residual, Tensor weight, float eps) -> (Tensor, Tensor)",
+    "swiglu": "(Tensor gate_up) -> Tensor",
+    "kv_append": (
+        "(Tensor qkv, Tensor cos, Tensor sin, Tensor first_positions, Tensor step, "
+        "Tensor(a!) keys, Tensor(b!) values, *, int heads) -> Tensor"
+    ),
+    "decode_attention": (
+        "(Tensor q, Tensor keys, Tensor values, Tensor step, Tensor prefix_keys, "
+        "Tensor prefix_values, Tensor prefix_lengths, Tensor tiles, *, float scale) -> Tensor"
+    ),
+    "sample_step": (
+        f"(Tensor cond, Tensor? uncond, *, {_DRAW}, {_STATE}, int top_k=0, float top_p=1.0, "
+        "bool greedy=False) -> ()"
+    ),
+    "head_sample": (
+        f"(Tensor cond, Tensor? uncond, Tensor weight, Tensor? bias, *, {_DRAW}, {_STATE}, "
+        "bool greedy=False) -> ()"
+    ),
+    "linear_logprobs": (
+        "(Tensor hidden, Tensor weight, Tensor targets, Tensor? bias=None, *, "
+        "float temperature=1.0) -> Tensor"
+    ),
+}
+
+_library = torch.library.Library("t2i", "DEF")
+
+
+def _cfg_sample(cond: Tensor, uncond: Tensor | None, **options) -> tuple[Tensor, Tensor, Tensor]:  # noqa: ANN003 - the schema's
+    ids, logprobs, guided = kernels.cfg_sample(cond, uncond, **options)
+    # Unguided, the op returns one tensor twice, which an operator must not.
+    return ids, logprobs.clone() if logprobs is guided else logprobs, guided
+
+
+def _add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    return kernels.rms_norm(x, weight, eps, residual=residual)
+
+
+def _linear_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None = None,
+    *,
+    temperature: float = 1.0,
+) -> Tensor:
+    return kernels.linear_logprobs(hidden, weight, targets, bias=bias, temperature=temperature)
+
+
+def _kv_append(*tensors: Tensor, heads: int) -> Tensor:
+    return kv_append(*tensors, heads=heads).contiguous()  # a slice on CPU
+
+
+_IMPLEMENTATIONS = {
+    "cfg_sample": _cfg_sample,
+    "rms_norm": kernels.rms_norm,
+    "add_rms_norm": _add_rms_norm,
+    "swiglu": kernels.swiglu,
+    "kv_append": _kv_append,
+    "decode_attention": decode_attention,
+    "sample_step": sample_step,
+    "head_sample": head_sample,
+    "linear_logprobs": _linear_logprobs,
+}
+
+
+def _fake_cfg_sample(cond: Tensor, *_: object, **__: object) -> tuple[Tensor, Tensor, Tensor]:
+    rows = cond.shape[:1]
+    floats = [cond.new_empty(rows, dtype=torch.float32) for _ in range(2)]
+    return cond.new_empty(rows, dtype=torch.int64), *floats
+
+
+def _fake_norm(x: Tensor, *_: object) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+def _fake_add_norm(x: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), x.new_empty(x.shape)
+
+
+def _fake_swiglu(gate_up: Tensor) -> Tensor:
+    return gate_up.new_empty(gate_up.shape[0], gate_up.shape[1] // 2)
+
+
+def _fake_kv_append(qkv: Tensor, *tensors: Tensor, heads: int) -> Tensor:
+    keys = tensors[4]
+    return qkv.new_empty(qkv.shape[0], heads, keys.shape[3])
+
+
+def _fake_attention(q: Tensor, *_: Tensor, scale: float) -> Tensor:
+    return q.new_empty(q.shape[0], q.shape[1] * q.shape[2])
+
+
+def _fake_state(*_: object, **__: object) -> None:
+    return None
+
+
+def _fake_logprobs(hidden: Tensor, *_: object, **__: object) -> Tensor:
+    dtype = hidden.dtype if hidden.dtype == torch.float64 else torch.float32
+    return hidden.new_empty(hidden.shape[:1], dtype=dtype)
+
+
+_FAKES = {
+    "cfg_sample": _fake_cfg_sample,
+    "rms_norm": _fake_norm,
+    "add_rms_norm": _fake_add_norm,
+    "swiglu": _fake_swiglu,
+    "kv_append": _fake_kv_append,
+    "decode_attention": _fake_attention,
+    "sample_step": _fake_state,
+    "head_sample": _fake_state,
+    "linear_logprobs": _fake_logprobs,
+}
+
+
+def _save_logprobs(ctx, inputs: tuple, keyword_only_inputs: dict, output: Tensor) -> None:  # noqa: ANN001 - torch's context
+    ctx.save_for_backward(*inputs)
+    ctx.temperature = keyword_only_inputs["temperature"]
+
+
+def _logprobs_backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN001 - torch's context
+    """d log p[t] / d logits = (onehot(t) - softmax) / temperature, through the linear layer."""
+    hidden, weight, targets, bias = ctx.saved_tensors
+    probs = linear_logits(hidden, weight, bias, ctx.temperature).softmax(-1)
+    scaled = grad.to(probs.dtype) / ctx.temperature
+    d_logits = (probs * -scaled[:, None]).scatter_add(1, targets[:, None], scaled[:, None])
+    d_hidden = (d_logits @ weight.to(d_logits.dtype)).to(hidden.dtype)
+    d_weight = (d_logits.t() @ hidden.to(d_logits.dtype)).to(weight.dtype)
+    d_bias = None if bias is None else d_logits.sum(0).to(bias.dtype)
+    return d_hidden, d_weight, None, d_bias
+
+
+for _name, _schema in SCHEMAS.items():
+    _library.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _library.impl(_name, _IMPLEMENTATIONS[_name], "CompositeExplicitAutograd")
+    torch.library.register_fake(f"t2i::{_name}", _FAKES[_name], lib=_library)
+torch.library.register_autograd(
+    "t2i::linear_logprobs", _logprobs_backward, setup_context=_save_logprobs, lib=_library
+)

@@ -1,0 +1,278 @@
+"""One decode step as a fixed sequence of launches over static buffers.
+
+A step feeds every row's current token through all layers and the head, draws the next tokens,
+writes them and their log-probs into their column, gathers their embeddings as the next input and
+advances the step counter. All that varies during a rollout lives in device tensors, so that a step
+captured once as a CUDA graph can be replayed for all others.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from engine.decode import packed
+from engine.policy import Policy
+from engine.rope import head_dimension, rope_tables
+from kernels.decode_attention import (
+    decode_attention,
+    decode_attention_workspace,
+    prefix_tiles,
+    tile_rows,
+)
+from kernels.head_sample import head_sample, head_workspace
+from kernels.kv_append import kv_append
+from kernels.rms_norm import rms_norm
+from kernels.sample_step import sample_step, sample_workspace
+from kernels.swiglu import swiglu
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sampling:
+    """How tokens are drawn.
+
+    Attributes:
+        image: image tokens under guidance, else text until end-of-sequence.
+        first_step: noise step of the first token.
+        sample_ids: (B,) int64.
+    """
+
+    image: bool
+    first_step: int
+    sample_ids: Tensor
+    temperature: float
+    seed: int
+    greedy: bool
+    cfg_weight: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class _Linear:
+    weight: Tensor  # (in, out), a view of the parameter
+    bias: Tensor | None
+
+    def into(self, out: Tensor, x: Tensor) -> None:
+        if self.bias is None:
+            torch.mm(x, self.weight, out=out)
+        else:
+            torch.addmm(self.bias, x, self.weight, out=out)
+
+
+def _linear(*modules: nn.Linear) -> _Linear:
+    weight, bias = packed(*modules)
+    return _Linear(weight.t(), bias)
+
+
+@dataclass(frozen=True, slots=True)
+class _Layer:
+    norm1: Tensor
+    qkv: _Linear
+    out: _Linear
+    norm2: Tensor
+    gate_up: _Linear
+    down: _Linear
+    keys: Tensor  # (R, Hkv, S, hd)
+    values: Tensor
+    prefix_keys: Tensor  # (U, Hkv, P, hd)
+    prefix_values: Tensor
+
+
+class StaticStep:
+    """Buffers and launches of one rollout.
+
+    Args:
+        policy: the policy; its weights are read where they are.
+        row_prefix: (R,) int64, the prefix of each row: B conditional rows, then for images B
+            unconditional ones.
+        lengths: (R,) how much of its prefix each row uses.
+        prefix_keys, prefix_values: (layers, U, Hkv, P, head_dim).
+        last: (B,) int64 text ids, the first tokens to be fed.
+        steps: tokens to draw, at most.
+        sampling: how.
+        fused_head: the head's last layer runs in the sampling kernel: its logits stay fp32 and
+            never reach memory. False, and whenever top-k or top-p is on: a GEMM, then sample_step.
+
+    Attributes:
+        tokens: (B, steps) int64; logprobs, guided_logprobs: (B, steps) fp32.
+        alive: (B,) bool, text rows that have not ended; None for images.
+        error: (1,) int64, see kernels.sample_step.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        row_prefix: Tensor,
+        lengths: Tensor,
+        prefix_keys: Tensor,
+        prefix_values: Tensor,
+        last: Tensor,
+        *,
+        steps: int,
+        sampling: Sampling,
+        fused_head: bool,
+    ) -> None:
+        self.policy, self.sampling, self.steps = policy, sampling, steps
+        self.fused_head = fused_head and sampling.top_k == 0 and sampling.top_p == 1.0
+        text = policy.config.text_config
+        self.heads, self.kv_heads = text.num_attention_heads, text.num_key_value_heads
+        self.head_dim = head_dimension(policy.config)
+        self.first_positions = lengths.to(torch.int32)
+        self.tiles = prefix_tiles(row_prefix, tile_rows(self.heads, self.kv_heads))
+        longest = prefix_keys.shape[3]
+        cos, signed_sin = rope_tables(policy.config, longest + steps, policy.device)
+        half = self.head_dim // 2
+        self.cos, self.sin = cos[:, :half].contiguous(), signed_sin[:, half:].contiguous()
+        self._allocate(len(lengths), len(last), longest)
+        self._bind(prefix_keys, prefix_values)
+        self.x.copy_(policy.embed_text(last).repeat(len(lengths) // len(last), 1))
+
+    def _allocate(self, rows: int, count: int, prefix: int) -> None:
+        policy, text = self.policy, self.policy.config.text_config
+        device, head_dim, steps = policy.device, self.head_dim, self.steps
+
+        def buffer(*shape: int) -> Tensor:
+            return torch.empty(shape, dtype=policy.dtype, device=device)
+
+        self.x, self.residual, self.normed, self.delta = (
+            buffer(rows, text.hidden_size) for _ in range(4)
+        )
+        self.qkv = buffer(rows, (self.heads + 2 * self.kv_heads) * head_dim)
+        self.q = buffer(rows, self.heads, head_dim)
+        self.mixed = buffer(rows, self.heads * head_dim)
+        self.gate_up = buffer(rows, 2 * text.intermediate_size)
+        self.activated = buffer(rows, text.intermediate_size)
+        self.suffix = buffer(text.num_hidden_layers, 2, rows, self.kv_heads, steps, head_dim)
+        self.partials = decode_attention_workspace(
+            rows, self.heads, self.kv_heads, head_dim, prefix, steps, device=device
+        )
+        self.step = torch.zeros(1, dtype=torch.int32, device=device)
+        self.error = torch.zeros(1, dtype=torch.int64, device=device)
+        # What is never reached counts as ended.
+        self.tokens = torch.full((count, steps), policy.pad, dtype=torch.int64, device=device)
+        self.logprobs = torch.zeros((count, steps), dtype=torch.float32, device=device)
+        self.guided_logprobs = torch.zeros_like(self.logprobs)
+        self.alive = None
+        if not self.sampling.image:
+            self.alive = torch.ones(count, dtype=torch.bool, device=device)
+
+    def _bind(self, prefix_keys: Tensor, prefix_values: Tensor) -> None:
+        """Weights and this rollout's cache, layer by layer; the head and its scratch."""
+        model = self.policy.model
+        self.norm = model.language_model.norm
+        self.layers = [
+            _Layer(
+                layer.input_layernorm.weight,
+                _linear(layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj),
+                _linear(layer.self_attn.o_proj),
+                layer.post_attention_layernorm.weight,
+                _linear(layer.mlp.gate_proj, layer.mlp.up_proj),
+                _linear(layer.mlp.down_proj),
+                *self.suffix[index],
+                prefix_keys[index],
+                prefix_values[index],
+            )
+            for index, layer in enumerate(model.language_model.layers)
+        ]
+        count, inputs = len(self.tokens), self.normed
+        if self.sampling.image:
+            self.table, self.last = self.policy.image_table(), model.generation_head.vision_head
+            self.features_of = _linear(model.generation_head.proj_out)
+            inputs = self.features = self.x.new_empty(len(self.x), self.last.in_features)
+        else:
+            self.table, self.last = model.language_model.embed_tokens.weight, self.policy.lm_head
+        if self.fused_head:
+            self.scratch = head_workspace(inputs[:count], self.last.weight)
+        else:
+            vocab = self.last.out_features
+            self.logits_of = _linear(self.last)
+            self.logits = self.x.new_empty(len(self.x), vocab)
+            self.scratch = sample_workspace(count, vocab, self.x.device)
+
+    @torch.no_grad()
+    def launch(self) -> None:
+        """Launch one decode step: at most 10 kernels a layer and 6 more."""
+        for index, layer in enumerate(self.layers):
+            if index == 0:
+                rms_norm(self.x, layer.norm1, self.norm.eps, out=self.normed)
+            else:
+                self._add_norm(self.residual, layer.norm1)
+            layer.qkv.into(self.qkv, self.normed)
+            kv_append(
+                self.qkv,
+                self.cos,
+                self.sin,
+                self.first_positions,
+                self.step,
+                layer.keys,
+                layer.values,
+                heads=self.heads,
+                out=self.q,
+            )
+            decode_attention(
+                self.q,
+                layer.keys,
+                layer.values,
+                self.step,
+                layer.prefix_keys,
+                layer.prefix_values,
+                self.first_positions,  # a prefix ends where the suffix begins
+                self.tiles,
+                scale=self.head_dim**-0.5,
+                out=self.mixed,
+                workspace=self.partials,
+            )
+            layer.out.into(self.delta, self.mixed)
+            self._add_norm(self.x if index == 0 else self.residual, layer.norm2)
+            layer.gate_up.into(self.gate_up, self.normed)
+            swiglu(self.gate_up, out=self.activated)
+            layer.down.into(self.delta, self.activated)
+        self._add_norm(self.residual, self.norm.weight)
+        self._draw()
+
+    def _add_norm(self, residual: Tensor, weight: Tensor) -> None:
+        """self.residual = residual + self.delta; self.normed = its norm."""
+        rms_norm(
+            self.delta,
+            weight,
+            self.norm.eps,
+            residual=residual,
+            out=self.normed,
+            residual_out=self.residual,
+        )
+
+    def _draw(self) -> None:
+        """The head, the draw, the next input and the step counter."""
+        sampling, inputs = self.sampling, self.normed
+        if sampling.image:
+            self.features_of.into(self.features, self.normed)
+            inputs = torch.ops.aten.gelu_(self.features)
+        if not self.fused_head:
+            self.logits_of.into(self.logits, inputs)
+            inputs = self.logits
+        cond, uncond = inputs.split(len(self.tokens)) if sampling.image else (inputs, None)
+        draw: dict[str, Any] = {
+            "cfg_weight": sampling.cfg_weight,
+            "temperature": sampling.temperature,
+            "seed": sampling.seed,
+            "sample_ids": sampling.sample_ids,
+            "step": self.step,
+            "step_offset": sampling.first_step,
+            "greedy": sampling.greedy,
+            "table": self.table,
+            "x": self.x,
+            "tokens": self.tokens,
+            "logprobs": self.logprobs,
+            "guided_logprobs": self.guided_logprobs,
+            "error": self.error,
+            "eos": None if sampling.image else self.policy.eos,
+            "alive": self.alive,
+            "pad": self.policy.pad,
+            "workspace": self.scratch,
+        }
+        if self.fused_head:
+            head_sample(cond, uncond, self.last.weight, self.last.bias, **draw)
+        else:
+            sample_step(cond, uncond, top_k=sampling.top_k, top_p=sampling.top_p, **draw)
