@@ -17,8 +17,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+import torch
+
+from bench.launches import launches_per_step
 from engine.config import check_fields, nearest, option
 from engine.errors import UserError
+from engine.policy import load_policy
 
 if TYPE_CHECKING:
     from kernels.audit import Finding, Job
@@ -68,6 +72,10 @@ def run(config: Config) -> dict:
         for f in findings
         for failure in f.failures
     ]
+    launches = launches_per_step(load_policy("tiny", dtype=torch.bfloat16))
+    for kind in ("image_step", "text_step"):
+        if launches[kind] > launches["allowed"]:
+            failures.append(f"{kind}: {launches[kind]} launches, allowed {launches['allowed']}")
     for failure in failures:
         print(f"failed: {failure}", file=sys.stderr)
     report = {
@@ -78,6 +86,7 @@ def run(config: Config) -> dict:
             "narrow_accesses": sum(len(f.narrow) for f in findings),
             "traffic_over_least": max(f.traffic_over_least for f in findings),
         },
+        "launches": launches,
         "failures": failures,
         "correct": not failures,
     }
@@ -221,4 +230,20 @@ def page(
             f"| {launch.name} | {model} | {grid} | {launch.num_warps} | {moved:.3f} | {least:.3f} "
             f"| {flops} |"
         )
+    counts = report["launches"]
+    lines += [
+        "",
+        "## Launches of one decode step",
+        "",
+        f"Counted on a trace of the tiny model ({counts['layers']} layers, bf16), for both engines in",
+        "the same way (bench/launches.py): every op that computes or copies, every Triton kernel.",
+        "",
+        "| engine | launches a step |",
+        "| --- | --- |",
+        f"| ours, images | {counts['image_step']} |",
+        f"| ours, text | {counts['text_step']} |",
+        f"| allowed: 10 a layer and 6 | {counts['allowed']} |",
+        f"| the published loop, {counts['eager_loop_layer']} of them in each layer "
+        f"| {counts['eager_loop_step']} |",
+    ]
     return "\n".join(lines) + "\n"
