@@ -105,11 +105,8 @@ def _decode_attention_kernel(
     if start < end:
         at_head = row.to(tl.int64) * HEADS + kv_head * REPEAT + m % REPEAT
         q_at = row.to(tl.int64) * stride_qr + (kv_head * REPEAT + m % REPEAT) * stride_qh
-        q = tl.load(
-            q_ptr + q_at[:, None] + d[None, :],
-            mask=used[:, None] & in_head[None, :],
-            other=0.0,
-        )
+        q_mask = used[:, None] & in_head[None, :]
+        q = tl.load(q_ptr + q_at[:, None] + d[None, :], mask=q_mask, other=0.0)
         if WIDEN:
             q = q.to(tl.float32)
         highest = tl.full([BLOCK_M], float("-inf"), tl.float32)
@@ -218,19 +215,24 @@ def config(heads: int, kv_heads: int, head_dim: int, element_size: int) -> dict[
         "BLOCK_D": block_d,
         "SPLIT": split_tokens(heads, kv_heads),
         "BLOCK_M": block_m,
-        # 16 KiB of keys and as much of values in every stage of the pipeline; half of it where
-        # the queries of a larger tile need the registers.
-        "BLOCK_N": min(16384 // (block_d * element_size), 128) // (1 if block_m == 16 else 2),
+        # 16 KiB of keys and as much of values in every stage of the pipeline; 64 by 128 scores,
+        # or many heads in fp32, would take too many registers.
+        "BLOCK_N": min(16384 // (block_d * element_size), 64 if block_m == 64 else 128)
+        // (2 if block_m > 16 and element_size == 4 else 1),
     }
 
 
 def options(constants: dict[str, int], element_size: int) -> dict[str, int]:
-    """Warps, as many as load 128 bits a lane of the queries at once, and depth of the pipeline."""
-    query_bytes = constants["BLOCK_M"] * constants["BLOCK_D"] * element_size
+    """Warps, no more than load 128 bits a lane of the queries at once, and depth of the pipeline.
+
+    Chosen by their registers: larger tiles and fp32, whose products run without tensor cores,
+    need more warps to hold their operands, and no third stage's addresses.
+    """
+    block_m, block_d = constants["BLOCK_M"], constants["BLOCK_D"]
+    most = 8 if block_m == 64 or element_size == 4 else 4
     return {
-        # fp32 has no tensor cores to hold the operands' fragments: more warps hold the product's.
-        "num_warps": min(max(query_bytes // 512, 1), 4 if query_bytes <= 4096 else 8),
-        "num_stages": 3 if element_size == 2 else 2,
+        "num_warps": min(max(block_m * block_d * element_size // 512, 1), most),
+        "num_stages": 3 if block_m == 16 and element_size == 2 else 2,
     }
 
 
