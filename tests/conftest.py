@@ -10,6 +10,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import importlib
 import pkgutil
 
+import numpy as np
 import pytest
 import torch
 
@@ -17,6 +18,9 @@ import torch
 # are imported. Afterwards CPU tensors take the PyTorch path again, except under `interpreter`.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+import triton.language as tl
+from triton.runtime import interpreter as triton_interpreter
+
 import kernels.gpu
 
 for module in pkgutil.iter_modules(kernels.gpu.__path__):
@@ -108,6 +112,20 @@ def device() -> str:
 def interpreter(monkeypatch) -> None:
     """Public ops take the Triton path on CPU tensors too."""
     monkeypatch.setenv("TRITON_INTERPRET", "1")
+
+
+@pytest.fixture
+def nearest_rounding(monkeypatch) -> None:
+    """The interpreter cuts fp32 down to bf16; hardware rounds to the nearest even."""
+    cut = triton_interpreter._convert_float
+
+    def convert(values, source, target, mode):
+        if (source, target) != (tl.float32, tl.bfloat16):
+            return cut(values, source, target, mode)
+        rounded = torch.from_numpy(np.ascontiguousarray(values)).bfloat16()
+        return rounded.view(torch.int16).numpy().view(np.uint16).reshape(values.shape)
+
+    monkeypatch.setattr(triton_interpreter, "_convert_float", convert)
 
 
 @pytest.fixture

@@ -1,11 +1,8 @@
 """Decode attention: the kernels (in the interpreter without a GPU) and the PyTorch path."""
 
-import numpy as np
 import pytest
 import torch
-import triton.language as tl
 from torch import Tensor
-from triton.runtime import interpreter as triton_interpreter
 
 from kernels import (
     decode_attention,
@@ -18,23 +15,11 @@ from kernels.decode_attention import split_tokens
 from kernels.gpu import decode_attention as gpu_decode_attention
 from kernels.gpu.launch import DecodeShape
 
+pytestmark = pytest.mark.usefixtures("nearest_rounding")
+
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # Beyond twice eager's error: one rounding in the sum of values near 1.
 SLACK = {torch.float32: 1e-6, torch.bfloat16: 1e-4, torch.float16: 1e-5}
-
-
-@pytest.fixture(autouse=True)
-def nearest_rounding(monkeypatch):
-    """The interpreter cuts fp32 down to bf16; hardware rounds to the nearest even."""
-    cut = triton_interpreter._convert_float
-
-    def convert(values, source, target, mode):
-        if (source, target) != (tl.float32, tl.bfloat16):
-            return cut(values, source, target, mode)
-        rounded = torch.from_numpy(np.ascontiguousarray(values)).bfloat16()
-        return rounded.view(torch.int16).numpy().view(np.uint16).reshape(values.shape)
-
-    monkeypatch.setattr(triton_interpreter, "_convert_float", convert)
 
 
 class Case:

@@ -1,16 +1,16 @@
 """Rotation and append: the kernel (in the interpreter without a GPU) and the PyTorch path."""
 
-import numpy as np
 import pytest
 import torch
-import triton.language as tl
 from torch import Tensor
-from triton.runtime import interpreter as triton_interpreter
 
 from engine.rope import rotate
 from kernels import kv_append, reference_attention
 from kernels.gpu import kv_append as gpu_kv_append
 from kernels.gpu.launch import DecodeShape
+
+pytestmark = pytest.mark.usefixtures("nearest_rounding")
+
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 LENGTH = 40  # positions in the tables
@@ -24,20 +24,6 @@ def path(request, device):
         request.getfixturevalue("interpreter")
         return device
     return "cpu"
-
-
-@pytest.fixture(autouse=True)
-def nearest_rounding(monkeypatch):
-    """The interpreter cuts fp32 down to bf16; hardware rounds to the nearest even."""
-    cut = triton_interpreter._convert_float
-
-    def convert(values, source, target, mode):
-        if (source, target) != (tl.float32, tl.bfloat16):
-            return cut(values, source, target, mode)
-        rounded = torch.from_numpy(np.ascontiguousarray(values)).bfloat16()
-        return rounded.view(torch.int16).numpy().view(np.uint16).reshape(values.shape)
-
-    monkeypatch.setattr(triton_interpreter, "_convert_float", convert)
 
 
 class Case:

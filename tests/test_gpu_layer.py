@@ -1,10 +1,8 @@
 """RMS norm and SwiGLU: the kernels (in the interpreter without a GPU) and the PyTorch path."""
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-import triton.language as tl
 from torch import Tensor
 from triton.runtime import interpreter as triton_interpreter
 
@@ -13,6 +11,9 @@ from kernels import reference_layer, rms_norm, swiglu
 from kernels.gpu import rms_norm as gpu_rms_norm
 from kernels.gpu import swiglu as gpu_swiglu
 from kernels.gpu.launch import DecodeShape
+
+pytestmark = pytest.mark.usefixtures("nearest_rounding")
+
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 EPS = 1e-6
@@ -27,20 +28,6 @@ def path(request, device):
         request.getfixturevalue("interpreter")
         return device
     return "cpu"
-
-
-@pytest.fixture(autouse=True)
-def nearest_rounding(monkeypatch):
-    """The interpreter cuts fp32 down to bf16; hardware rounds to the nearest even."""
-    cut = triton_interpreter._convert_float
-
-    def convert(values, source, target, mode):
-        if (source, target) != (tl.float32, tl.bfloat16):
-            return cut(values, source, target, mode)
-        rounded = torch.from_numpy(np.ascontiguousarray(values)).bfloat16()
-        return rounded.view(torch.int16).numpy().view(np.uint16).reshape(values.shape)
-
-    monkeypatch.setattr(triton_interpreter, "_convert_float", convert)
 
 
 def poisoned(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> Tensor:
