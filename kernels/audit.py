@@ -9,8 +9,9 @@ No GPU is needed. The rules (a broken one is a line of `Finding.failures`):
   the PTX, by following addresses back to the parameters (`machine_code.read_ptx`); the SASS must
   show no narrower load, store or copy than the PTX asked for.
 * Traffic: the bytes that the launch moves are at most 1.05 times the least possible.
-  Re-reads count. An operand of every program that is small enough for L1 (norm weights, tables)
-  is counted once: the programs of one launch run side by side and memory serves it once.
+  Re-reads count. An operand that every program reads and that is small (norm weights, tables, the
+  head's activations of about 1 MB at most) is counted once: the programs of one launch run side by
+  side, memory serves it once, and L1 or L2 the rest.
 * Tensor cores: where the launch says so, its SASS has their instructions.
 * Nothing is left out: a jit function that no other one calls must be somebody's launch.
 """
