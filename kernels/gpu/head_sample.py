@@ -144,10 +144,12 @@ def _head_partials_kernel(
 def gemm_config(rows: int, element_size: int) -> tuple[int, int, int, int]:
     """Rows of a program, columns of K a stage, warps, stages.
 
-    fp32 takes no tensor cores and more registers: 32 rows at most.
+    fp32 takes no tensor cores and more registers: 32 rows at most, and 8 warps for any number of
+    them (with 4, greedy text spills on sm_100).
     """
     group = min(128 // element_size, max(16, triton.next_power_of_2(rows)))
-    return group, 128 // element_size, 8 if group * element_size >= 128 else 4, 4
+    num_warps = 8 if element_size == 4 or group * element_size >= 128 else 4
+    return group, 128 // element_size, num_warps, 4
 
 
 def workspace_sizes(rows: int, vocab: int, width: int, element_size: int) -> tuple[int, int, int]:
