@@ -141,15 +141,16 @@ def _head_partials_kernel(
     )
 
 
-def gemm_config(rows: int, element_size: int) -> tuple[int, int, int, int]:
+def gemm_config(rows: int, element_size: int, kind: int) -> tuple[int, int, int, int]:
     """Rows of a program, columns of K a stage, warps, stages.
 
-    fp32 takes no tensor cores and more registers: 32 rows at most, and 8 warps for any number of
-    them (with 4, greedy text spills on sm_100).
+    fp32 takes no tensor cores and more registers: 32 rows at most. Few rows of a text head take two
+    stages: with more, greedy drawing puts 24 bytes on the stack of sm_100.
     """
     group = min(128 // element_size, max(16, triton.next_power_of_2(rows)))
-    num_warps = 8 if element_size == 4 or group * element_size >= 128 else 4
-    return group, 128 // element_size, num_warps, 4
+    num_warps = 8 if group * element_size >= 128 else 4
+    num_stages = 2 if element_size == 4 and num_warps == 4 and kind == ONE else 4
+    return group, 128 // element_size, num_warps, num_stages
 
 
 def workspace_sizes(rows: int, vocab: int, width: int, element_size: int) -> tuple[int, int, int]:
@@ -189,7 +190,7 @@ def launch_head_sample(
     elif uncond is not None:
         kind = BRANCHES
     tiles = triton.cdiv(vocab, BLOCK_V)
-    group, block_k, num_warps, num_stages = gemm_config(rows, cond.element_size())
+    group, block_k, num_warps, num_stages = gemm_config(rows, cond.element_size(), kind)
     _head_partials_kernel[(triton.cdiv(rows, group), tiles)](
         partials,
         first,
@@ -241,7 +242,6 @@ def launches(shape: DecodeShape) -> list[Launch]:
     """
     rows, dtype = shape.rows // 2, shape.dtype
     size = BYTES[dtype]
-    group, block_k, num_warps, num_stages = gemm_config(rows, size)
     result = []
     for name, vocab, width, kind in (
         ("image", shape.image_vocab, shape.head_width, BRANCHES),
@@ -249,6 +249,7 @@ def launches(shape: DecodeShape) -> list[Launch]:
         ("text", shape.text_vocab, shape.hidden, ONE),
     ):
         image = kind != ONE
+        group, block_k, num_warps, num_stages = gemm_config(rows, size, kind)
         tiles = triton.cdiv(vocab, BLOCK_V)
         sets = 2 if image else 1
         fields = FIELDS if kind == BRANCHES else FIELDS - 3
