@@ -1,4 +1,7 @@
-"""One decode step for all rows at once, over the static cache, with packed projections."""
+"""One decode step on a CPU, all rows at once, over the static cache, with packed projections.
+
+CUDA takes engine/static_step.py.
+"""
 
 import torch
 import torch.nn.functional as F
@@ -103,7 +106,7 @@ class Decoder:
             mixed = cache.attend(index, q, slot + 1)
             x = _add_linear(x, mixed, o_proj)
             gate, up = _linear(_normed(x, norm2), w_up, b_up).chunk(2, -1)
-            # silu(gate) * up; on a CPU faster than F.silu.
+            # silu(gate) * up; faster than F.silu.
             x = _add_linear(x, gate.sigmoid().mul_(gate).mul_(up), down)
         return _normed(x, self.norm)
 
@@ -121,8 +124,8 @@ class Decoder:
 
 
 def _normed(x: Tensor, norm: RMSNorm) -> Tensor:
-    """norm(x); on a CPU torch's own takes seven passes over x, this three."""
-    if x.dtype != torch.float32 or x.is_cuda:
+    """norm(x); torch's own takes seven passes over x, this three."""
+    if x.dtype != torch.float32:
         return norm(x)
     length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
     scale = length.square_().mul_(1 / x.shape[-1]).add_(norm.eps).rsqrt_()
@@ -131,7 +134,7 @@ def _normed(x: Tensor, norm: RMSNorm) -> Tensor:
 
 def _few(x: Tensor) -> bool:
     """Whether to multiply as weight @ x.T: for few rows CPU libraries are up to twice as fast."""
-    return len(x) <= FEW_ROWS and not x.is_cuda
+    return len(x) <= FEW_ROWS
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.gpu.launch import DecodeShape, Launch
+from kernels.gpu.launch import BYTES, DecodeShape, Launch
 from kernels.gpu.sampling import (
     DRAWN_NOISE,
     FIELDS,
@@ -20,7 +20,6 @@ from kernels.gpu.sampling import (
 )
 
 TILE = 2048  # entries of a program: 16 a thread, so 8 loads of 128 bits in flight for bf16 pairs
-BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 
 
 @triton.jit(do_not_specialize=["seed", "step", "rows", "tiles"])

@@ -19,9 +19,8 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.decode_attention import block_queries, split_tokens, tile_rows
-from kernels.gpu.launch import DecodeShape, Launch
+from kernels.gpu.launch import BYTES, DecodeShape, Launch
 
-BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 MERGE_SPLITS = 8  # partials that a program of the merge holds at a time
 
 

@@ -7,8 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.gpu.cfg_sample import BYTES, merge_block
-from kernels.gpu.launch import DecodeShape, Launch
+from kernels.gpu.cfg_sample import merge_block
+from kernels.gpu.launch import BYTES, DecodeShape, Launch
 from kernels.gpu.sampling import FIELDS, finish_rows, merge_partials
 
 GATHER = 4096  # values of the embedding that a program copies at a time

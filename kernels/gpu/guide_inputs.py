@@ -4,8 +4,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.gpu.cfg_sample import BYTES
-from kernels.gpu.launch import DecodeShape, Launch
+from kernels.gpu.launch import BYTES, DecodeShape, Launch
 from kernels.gpu.sampling import guide
 
 BLOCK = 1024  # columns of a program

@@ -12,10 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.gpu.cfg_sample import BYTES
 from kernels.gpu.finish_step import finish_launch, launch_finish_step
 from kernels.gpu.guide_inputs import launch_guide_inputs
-from kernels.gpu.launch import DecodeShape, Launch
+from kernels.gpu.launch import BYTES, DecodeShape, Launch
 from kernels.gpu.sampling import (
     DRAWN_NOISE,
     FIELDS,

@@ -4,6 +4,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}  # of one value, by the names of DecodeShape.dtype
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DecodeShape:

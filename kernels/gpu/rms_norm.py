@@ -4,9 +4,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.gpu.launch import DecodeShape, Launch
-
-BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
+from kernels.gpu.launch import BYTES, DecodeShape, Launch
 
 
 @triton.jit

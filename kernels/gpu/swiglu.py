@@ -4,9 +4,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.gpu.launch import DecodeShape, Launch
+from kernels.gpu.launch import BYTES, DecodeShape, Launch
 
-BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 BLOCK = 1024  # eight values a thread: one 128-bit load of each half in bf16
 NUM_WARPS = 4
 
