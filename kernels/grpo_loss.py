@@ -1,12 +1,13 @@
-"""Clipped GRPO loss on a linear head, guidance-aware."""
+"""Clipped GRPO loss on a linear head in one pass, guidance-aware, without N x V logits."""
 
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import FunctionCtx, once_differentiable
 
-from kernels import reference
-from kernels.linear_logprobs import check_head
+from kernels.chunked_head import Gradients, HeadInputs, Needs, check_inputs, run_head
+from kernels.token_loss import Rows, TokenLoss
 
 
 class LossOutput(NamedTuple):
@@ -38,15 +39,27 @@ def linear_grpo_loss(
     ref_logprobs: Tensor | None = None,
     clip_low: float = 0.2,
     clip_high: float = 0.2,
+    dual_clip: float | None = None,
     beta: float = 0.0,
     temperature: float = 1.0,
     token_weights: Tensor | None = None,
     sequence_ids: Tensor | None = None,
+    chunk_rows: int | None = None,
 ) -> LossOutput:
     """sum_i token_weights_i * l_i with the clipped GRPO token loss and k3 KL.
 
     l = -min(r A, clip(r, 1 - clip_low, 1 + clip_high) A) + beta * (e^d - d - 1),
-    r = exp(logp - old), d = ref - logp.
+    r = exp(logp - old), d = ref - logp (GRPO, arXiv:2402.03300). The forward pass computes the
+    gradients, chunk by chunk; the backward pass scales them.
+
+    Published losses are settings of this one, with M trained tokens in B sequences:
+        T2I-R1, DAPO (arXiv:2503.14476): token_weights 1 / M; DAPO: clip_high > clip_low.
+        GRPO: 1 / (B * tokens of the sequence).
+        Dr. GRPO (arXiv:2503.20783): 1 / (B * longest length).
+        GSPO (arXiv:2507.18071): sequence_ids (a forward pass more, for the ratios).
+        Truncated importance sampling: advantages times min(exp(old - sampler's), cap), which is
+            right because min(r A, ...) is linear in a positive factor of A, and leaves the KL alone.
+        Dual clip (arXiv:1912.09729): dual_clip.
 
     Args:
         hidden: (N, D) input of the head's last linear layer (conditional branch).
@@ -60,18 +73,19 @@ def linear_grpo_loss(
         old_logprobs: (N,) nats of the policy that drew the targets; None: the current ones
             (ratio 1, on-policy).
         ref_logprobs: (N,) nats of the reference policy; None: no KL.
-        token_weights: (N,) mask and normaliser in one; None: 1 / N.
-        sequence_ids: (N,) int64; given, the ratio is one a sequence (GSPO), over its tokens of
-            non-zero weight.
+        dual_clip: c > 1: where A < 0 the surrogate is at least c A; None: no such bound.
+        token_weights: (N,) mask and normaliser in one; None: 1 / N. What a token of weight 0
+            holds elsewhere does not matter.
+        sequence_ids: (N,) int64; given, the ratio is one a sequence, over its tokens of non-zero
+            weight.
+        chunk_rows: see `linear_logprobs`.
+    Returns: see LossOutput; differentiable once in hidden, uncond_hidden, weight and bias.
     Raises: ValueError naming the argument.
     """
-    check_head(hidden, weight, targets, bias, temperature)
-    if (uncond_hidden is None) != (cfg_weight is None):
-        raise ValueError("uncond_hidden and cfg_weight: wanted both or neither")
-    if uncond_hidden is not None and uncond_hidden.shape != hidden.shape:
-        raise ValueError(
-            f"uncond_hidden: wanted {tuple(hidden.shape)}, got {tuple(uncond_hidden.shape)}"
-        )
+    head = HeadInputs(
+        hidden, weight, targets, bias, uncond_hidden, cfg_weight, temperature, chunk_rows
+    )
+    check_inputs(head)
     per_token = {
         "advantages": advantages,
         "old_logprobs": old_logprobs,
@@ -82,38 +96,87 @@ def linear_grpo_loss(
     for name, value in per_token.items():
         if value is not None and value.shape != targets.shape:
             raise ValueError(f"{name}: wanted {tuple(targets.shape)}, got {tuple(value.shape)}")
-    if uncond_hidden is not None:
-        hidden = reference.guide(
-            reference.as_float(hidden), reference.as_float(uncond_hidden), cfg_weight
-        )
-    logits = reference.linear_logits(hidden, weight, bias, temperature)
-    logprobs = reference.log_softmax_at(logits, targets)
-    old_logprobs = logprobs.detach() if old_logprobs is None else old_logprobs
-    if token_weights is not None:
-        # A masked token may hold anything: NaN would survive a product with 0, also backwards.
-        masked = token_weights == 0
-        advantages = advantages.masked_fill(masked, 0)
-        old_logprobs = torch.where(masked, logprobs.detach(), old_logprobs)
-        if ref_logprobs is not None:
-            ref_logprobs = torch.where(masked, logprobs.detach(), ref_logprobs)
-    loss, kl, clipped = reference.grpo_token_loss(
-        logprobs,
-        old_logprobs,
-        ref_logprobs,
-        advantages,
-        clip_low=clip_low,
-        clip_high=clip_high,
-        beta=beta,
-        sequence_ids=sequence_ids,
-        counted=None if token_weights is None else token_weights != 0,
-    )
+    if dual_clip is not None and not dual_clip > 1:
+        raise ValueError(f"dual_clip: wanted > 1, got {dual_clip}")
     if token_weights is None:
-        token_weights = torch.full_like(loss, 1 / max(len(loss), 1))
-    loss = loss * token_weights
-    with torch.no_grad():
-        shares = token_weights / token_weights.sum().clamp(min=torch.finfo(loss.dtype).tiny)
-        full = logits.log_softmax(-1)
-        entropy = -(full.exp() * full).sum(-1)
-        kl_mean, clip_mean = (shares * kl).sum(), (shares * clipped).sum()
-        entropy_mean = (shares * entropy).sum()
-    return LossOutput(loss.sum(), logprobs.detach(), kl_mean, clip_mean, entropy_mean)
+        token_weights = hidden.new_full(targets.shape, 1 / max(len(targets), 1))
+    dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    values = (advantages, token_weights, old_logprobs, ref_logprobs)
+    terms = TokenLoss(
+        *(None if v is None else v.detach().to(dtype) for v in values),
+        clip_low,
+        clip_high,
+        dual_clip,
+        beta,
+    )
+    if sequence_ids is not None and old_logprobs is not None:
+        terms = terms._replace(old_logprobs=_sequence_old(head, terms, sequence_ids))
+    # A function under no_grad is asked for gradients all the same, and would compute them.
+    wanted = torch.is_grad_enabled()
+    return LossOutput(
+        *_LinearGrpoLoss.apply(hidden, uncond_hidden, weight, bias, head, terms, wanted)
+    )
+
+
+@torch.no_grad()
+def _sequence_old(head: HeadInputs, terms: TokenLoss, sequence_ids: Tensor) -> Tensor:
+    """Old log-probs that give every token its sequence's mean difference, (N,)."""
+    logprobs = run_head(head)[0].logprobs
+    counted = terms.token_weights != 0
+    delta = torch.where(counted, logprobs - terms.old_logprobs, 0)
+    totals = logprobs.new_zeros(int(sequence_ids.max()) + 1 if len(sequence_ids) else 0)
+    sizes = totals.index_add(0, sequence_ids, counted.to(delta.dtype)).clamp(min=1)
+    return logprobs - (totals.index_add(0, sequence_ids, delta) / sizes)[sequence_ids]
+
+
+class _LinearGrpoLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx,
+        hidden: Tensor,
+        uncond_hidden: Tensor | None,
+        weight: Tensor,
+        bias: Tensor | None,
+        head: HeadInputs,
+        terms: TokenLoss,
+        wanted: bool,
+    ) -> tuple[Tensor, ...]:
+        needs = Needs(*(wanted and need for need in ctx.needs_input_grad[:4]))
+        rows, ctx.gradients = run_head(head, terms=terms, entropy=True, needs=needs)
+        ctx.save_for_backward(hidden, uncond_hidden, weight, bias, head.targets)
+        ctx.settings, ctx.terms = head[5:], terms
+        output = _summed(rows, terms)
+        ctx.mark_non_differentiable(*output[1:])
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, scale: Tensor, *_: None) -> tuple[Tensor | None, ...]:
+        gradients, ctx.gradients = ctx.gradients, None
+        if gradients is None:
+            # A second pass over a retained graph: the first one's tensors are the parameters' now.
+            hidden, uncond_hidden, weight, bias, targets = ctx.saved_tensors
+            head = HeadInputs(hidden, weight, targets, bias, uncond_hidden, *ctx.settings)
+            gradients = run_head(head, terms=ctx.terms, needs=Needs(*ctx.needs_input_grad[:4]))[1]
+        return (*_scaled(gradients, scale), None, None, None)
+
+
+def _summed(rows: Rows, terms: TokenLoss) -> tuple[Tensor, ...]:
+    """The fields of a LossOutput from the tokens' values."""
+    weights = terms.token_weights
+    shares = weights / weights.sum().clamp(min=torch.finfo(weights.dtype).tiny)
+    entropy = rows.entropy.masked_fill(weights == 0, 0)
+    return (
+        (weights * rows.loss).sum(),
+        rows.logprobs,
+        (shares * rows.kl).sum(),
+        (shares * rows.clipped).sum(),
+        (shares * entropy).sum(),
+    )
+
+
+def _scaled(gradients: Gradients, scale: Tensor) -> Gradients:
+    """The gradients times a scalar, in place; on a CPU, where looking is free, 1 costs nothing."""
+    if scale.device.type == "cpu" and scale == 1:
+        return gradients
+    return Gradients(*(None if x is None else x.mul_(scale) for x in gradients))

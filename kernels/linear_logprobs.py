@@ -1,8 +1,10 @@
-"""Log-probs of targets under a linear head."""
+"""Log-probs of targets under a linear head, without the logits of all rows at once."""
 
+import torch
 from torch import Tensor
+from torch.autograd.function import FunctionCtx, once_differentiable
 
-from kernels import reference
+from kernels.chunked_head import HeadInputs, Needs, check_inputs, run_head
 
 
 def linear_logprobs(
@@ -12,8 +14,14 @@ def linear_logprobs(
     *,
     bias: Tensor | None = None,
     temperature: float = 1.0,
+    uncond_hidden: Tensor | None = None,
+    cfg_weight: float | None = None,
+    chunk_rows: int | None = None,
 ) -> Tensor:
-    """log softmax((hidden @ weight.T + bias) / temperature) at targets.
+    """log softmax((x @ weight.T + bias) / temperature) at targets, x = hidden or the guided mix.
+
+    The backward pass computes the logits again (four vocabulary GEMMs in all): what will be done
+    with a log-prob is not known when it is made. `linear_grpo_loss` knows, and needs three.
 
     Args:
         hidden: (N, D) floating.
@@ -21,25 +29,40 @@ def linear_logprobs(
         targets: (N,) int64 in [0, V).
         bias: (V,) or None.
         temperature: > 0.
-    Returns: (N,) fp32 nats (fp64 for fp64 inputs); differentiable in hidden, weight and bias.
+        uncond_hidden: (N, D); with cfg_weight, scores the guided distribution: x is
+            uncond_hidden + cfg_weight * (hidden - uncond_hidden), mixed in fp32.
+        chunk_rows: rows whose logits are held at a time; None: about 16 MiB (CUDA: 64 MiB) of
+            them, or a quarter of what a trainable weight's gradient takes.
+    Returns: (N,) fp32 nats (fp64 for an fp64 weight); differentiable once in hidden,
+        uncond_hidden, weight and bias.
     Raises: ValueError naming the argument.
     """
-    check_head(hidden, weight, targets, bias, temperature)
-    logits = reference.linear_logits(hidden, weight, bias, temperature)
-    return reference.log_softmax_at(logits, targets)
+    head = HeadInputs(
+        hidden, weight, targets, bias, uncond_hidden, cfg_weight, temperature, chunk_rows
+    )
+    check_inputs(head)
+    return _LinearLogprobs.apply(hidden, uncond_hidden, weight, bias, head)
 
 
-def check_head(
-    hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, temperature: float
-) -> None:
-    """Raise ValueError naming the argument whose shape or value cannot be."""
-    if hidden.ndim != 2:
-        raise ValueError(f"hidden: wanted (N, D), got {tuple(hidden.shape)}")
-    if weight.ndim != 2 or weight.shape[1] != hidden.shape[1]:
-        raise ValueError(f"weight: wanted (V, {hidden.shape[1]}), got {tuple(weight.shape)}")
-    if targets.shape != hidden.shape[:1]:
-        raise ValueError(f"targets: wanted ({len(hidden)},), got {tuple(targets.shape)}")
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"bias: wanted ({len(weight)},), got {tuple(bias.shape)}")
-    if not temperature > 0:
-        raise ValueError(f"temperature: wanted > 0, got {temperature}")
+class _LinearLogprobs(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx,
+        hidden: Tensor,
+        uncond_hidden: Tensor | None,
+        weight: Tensor,
+        bias: Tensor | None,
+        head: HeadInputs,
+    ) -> Tensor:
+        ctx.save_for_backward(hidden, uncond_hidden, weight, bias, head.targets)
+        ctx.settings = head[5:]
+        return run_head(head)[0].logprobs
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, slopes: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, uncond_hidden, weight, bias, targets = ctx.saved_tensors
+        head = HeadInputs(hidden, weight, targets, bias, uncond_hidden, *ctx.settings)
+        needs = Needs(*ctx.needs_input_grad[:4])
+        gradients = run_head(head, slopes=slopes.contiguous(), needs=needs)[1]
+        return (*gradients, None)

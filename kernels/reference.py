@@ -102,13 +102,14 @@ def grpo_token_loss(
     clip_low: float,
     clip_high: float,
     beta: float,
+    dual_clip: float | None = None,
     sequence_ids: Tensor | None = None,
     counted: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Per-token clipped surrogate plus beta times the k3 estimate of KL(policy || reference).
 
     Source: GRPO, arXiv:2402.03300; k3: Schulman, "Approximating KL divergence" (2020);
-    sequence-level ratios: GSPO-token, arXiv:2507.18071.
+    sequence-level ratios: GSPO-token, arXiv:2507.18071; dual clip: arXiv:1912.09729.
 
     Args: (N,) each; sequence_ids (N,) int64 makes the ratio one a sequence, the mean over its
         `counted` tokens (N,) bool; None: all.
@@ -127,6 +128,10 @@ def grpo_token_loss(
     clipped = clipped_ratio * advantages < ratio * advantages
     # Not torch.minimum: at the edge of the clip it and clamp would each halve the gradient.
     surrogate = torch.where(clipped, clipped_ratio, ratio) * advantages
+    if dual_clip is not None:
+        too_low = (advantages < 0) & (ratio > dual_clip)
+        surrogate = torch.where(too_low, dual_clip * advantages, surrogate)
+        clipped = clipped | too_low
     if ref_logprobs is None:
         return -surrogate, torch.zeros_like(logprobs), clipped
     gap = ref_logprobs - logprobs

@@ -1,0 +1,85 @@
+"""The one pass over a chunk of logits: log-prob, entropy, token loss and the logits' gradient."""
+
+import torch
+from torch import Tensor
+
+from kernels.dispatch import use_triton
+from kernels.token_loss import Rows, TokenLoss, token_loss
+
+BLOCK_BYTES = 1 << 20  # rows that PyTorch passes over together: they stay in the cores' L2
+
+
+def logits_pass(
+    logits: Tensor,
+    targets: Tensor,
+    *,
+    temperature: float,
+    terms: TokenLoss | None = None,
+    slopes: Tensor | None = None,
+    entropy: bool = True,
+    gradient: torch.dtype | None = None,
+    scale: float = 1.0,
+) -> Rows:
+    """What a chunk of logits says about its targets, and its gradient in place of the logits.
+
+    Args:
+        logits: (C, V) fp32 or fp64, contiguous, before the temperature. Overwritten.
+        targets: (C,) int64.
+        terms: the loss of these tokens; or
+        slopes: (C,), a derivative that is already known. Neither: log-probs (and entropy) alone.
+        entropy: whether the PyTorch path computes it; Triton's pass has it for nothing.
+        gradient: dtype to write the gradient in; None: no gradient.
+        scale: factor in the written gradient, which keeps fp16 in range.
+    """
+    if use_triton(logits) and logits.dtype == torch.float32:
+        from kernels.gpu.grpo_loss import launch_grpo_rows
+
+        rows = launch_grpo_rows(
+            logits,
+            targets,
+            temperature=temperature,
+            loss=terms,
+            slopes=slopes,
+            gradient=gradient,
+            scale=scale,
+        )
+        return rows._replace(factor=1 / scale)
+    wanted = entropy or gradient is not None
+    logprobs, entropies = _softmax(logits, targets, temperature, entropy, keep=wanted)
+    loss = kl = clipped = None
+    if terms is not None:
+        loss, kl, clipped, slopes = token_loss(logprobs, terms)
+    rows = Rows(logprobs, entropies, loss, kl, clipped, slopes)
+    if gradient is None:
+        return rows
+    # One subtraction a row. The slope is a factor of the whole row, and is cheaper to apply to the
+    # activations that the gradient meets in its two products than to V entries.
+    logits.scatter_add_(1, targets[:, None], logits.new_full((len(targets), 1), -1.0))
+    return rows._replace(gradient=logits, factor=-slopes / temperature)
+
+
+def _softmax(
+    logits: Tensor, targets: Tensor, temperature: float, entropy: bool, *, keep: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Log-probs of the targets and entropy; with `keep`, probabilities in place of the logits."""
+    count, vocab = logits.shape
+    step = max(1, BLOCK_BYTES // (vocab * logits.element_size()))
+    logprobs = logits.new_empty(count)
+    entropies = logits.new_empty(count) if entropy else None
+    scratch = logits.new_empty(min(step, count), vocab)
+    for start in range(0, count, step):
+        rows = slice(start, min(start + step, count))
+        x = logits[rows]
+        full = scratch[: len(x)]
+        if temperature != 1.0:
+            x.div_(temperature)
+        torch.log_softmax(x, -1, out=full)
+        torch.gather(full, 1, targets[rows, None], out=logprobs[rows, None])
+        if not keep:
+            continue
+        torch.exp(full, out=x)
+        if entropies is not None:
+            # 0 * -inf, of a token that a bias excludes, counts as 0.
+            full.clamp_(min=torch.finfo(full.dtype).min)
+            torch.linalg.vecdot(x, full, out=entropies[rows])
+    return logprobs, None if entropies is None else entropies.neg_()
