@@ -4,109 +4,9 @@ import math
 
 import pytest
 import torch
-from torch import Tensor
+from grpo_problem import TENSORS, D, N, V, check, old_with_both_clips, problem
 
 from kernels import linear_grpo_loss
-
-N, D, V = 14, 6, 11
-TENSORS = ("hidden", "uncond_hidden", "weight", "bias")
-
-
-def plain_loss(
-    tensors: dict[str, Tensor], targets: Tensor, advantages: Tensor, options: dict
-) -> dict[str, Tensor]:
-    """The loss token by token, guidance applied to the logits. Skips tokens of weight 0."""
-    temperature = options.get("temperature", 1.0)
-    logits = tensors["hidden"] @ tensors["weight"].T + tensors["bias"]
-    if options.get("cfg_weight") is not None:
-        blank = tensors["uncond_hidden"] @ tensors["weight"].T + tensors["bias"]
-        logits = blank + options["cfg_weight"] * (logits - blank)
-    probs = (logits / temperature).softmax(-1)
-    logps = [probs[i, t].log() for i, t in enumerate(targets.tolist())]
-    weights = options.get("token_weights", torch.full((len(targets),), 1 / len(targets)))
-    old, ref = options.get("old_logprobs"), options.get("ref_logprobs")
-    sequences = options.get("sequence_ids")
-    high, low = 1 + options.get("clip_high", 0.2), 1 - options.get("clip_low", 0.2)
-    totals = {k: torch.zeros((), dtype=torch.float64) for k in ("loss", "kl", "clip", "entropy")}
-    for i, logp in enumerate(logps):
-        w, a = weights[i].double(), advantages[i].double()
-        if w == 0:
-            continue
-        ratio = torch.ones_like(logp) * (logp - logp.detach()).exp()
-        if sequences is not None:
-            mates = [j for j in range(len(logps)) if sequences[j] == sequences[i]]
-            mean = sum(logps[j].detach() - old[j] for j in mates) / len(mates)
-            ratio = mean.exp() * ratio
-        elif old is not None:
-            ratio = (logp - old[i]).exp()
-        clipped = bool(ratio > high) if a > 0 else bool(ratio < low) if a < 0 else False
-        edge = high if a > 0 else low
-        surrogate = edge * a if clipped else ratio * a
-        kl = torch.zeros_like(logp)
-        if ref is not None:
-            kl = (ref[i] - logp).exp() - (ref[i] - logp) - 1
-        totals["loss"] = totals["loss"] + w * (-surrogate + options.get("beta", 0.0) * kl)
-        share = w / weights.sum().double()
-        totals["kl"] = totals["kl"] + share * kl.detach()
-        totals["clip"] = totals["clip"] + share * clipped
-        entropy = -(probs[i] * probs[i].log()).sum().detach()
-        totals["entropy"] = totals["entropy"] + share * entropy
-    return totals | {"logprobs": torch.stack(logps).detach()}
-
-
-def problem(
-    seed: int = 0, cfg_weight: float = 1.0
-) -> tuple[dict[str, Tensor], Tensor, Tensor, Tensor]:
-    """Tensors, targets, advantages of both signs and zero, and current (guided) log-probs."""
-    torch.manual_seed(seed)
-    shapes = {"hidden": (N, D), "uncond_hidden": (N, D), "weight": (V, D), "bias": (V,)}
-    tensors = {k: torch.randn(s) for k, s in shapes.items()}
-    targets = torch.randint(V, (N,))
-    advantages = torch.randn(N)
-    advantages[3] = 0
-    mixed = torch.lerp(tensors["uncond_hidden"], tensors["hidden"], cfg_weight)
-    logits = mixed @ tensors["weight"].T + tensors["bias"]
-    return tensors, targets, advantages, logits.log_softmax(-1).gather(1, targets[:, None])[:, 0]
-
-
-def check(options: dict, seed: int = 0, dtype: torch.dtype = torch.float32):
-    """Compare value, metrics and all gradients with plain_loss; returns the output."""
-    tensors, targets, advantages, _ = problem(seed)
-    guided = options.get("cfg_weight") is not None
-    ours = {k: t.to(dtype, copy=True).requires_grad_() for k, t in tensors.items()}
-    exact = {k: t.double().requires_grad_() for k, t in tensors.items()}
-    output = linear_grpo_loss(
-        ours["hidden"],
-        ours["weight"],
-        targets,
-        advantages,
-        bias=ours["bias"],
-        uncond_hidden=ours["uncond_hidden"] if guided else None,
-        **options,
-    )
-    expected = plain_loss(exact, targets, advantages, options)
-    close = {"rtol": 1e-4, "atol": 2e-5}
-    for name, value in (
-        ("loss", output.loss),
-        ("kl", output.kl),
-        ("clip", output.clip_fraction),
-        ("entropy", output.entropy),
-        ("logprobs", output.logprobs),
-    ):
-        torch.testing.assert_close(
-            value.double(), expected[name], **close, msg=lambda m, name=name: f"{name}: {m}"
-        )
-    output.loss.backward()
-    expected["loss"].backward()
-    for name in TENSORS if guided else (n for n in TENSORS if n != "uncond_hidden"):
-        got, want = ours[name].grad.double(), exact[name].grad
-        torch.testing.assert_close(got, want, **close, msg=lambda m, name=name: f"{name}.grad: {m}")
-    return output
-
-
-def old_with_both_clips(cfg_weight: float = 1.0) -> Tensor:
-    """Old log-probs that put ratios at 0.4 .. 2.2 around the current ones."""
-    return problem(cfg_weight=cfg_weight)[3] - torch.linspace(-0.9, 0.8, N)
 
 
 def test_on_policy_default_weights():
@@ -149,6 +49,74 @@ def test_sequence_ratio(dtype):
         "beta": 0.05,
     }
     assert 0 < check(options, dtype=dtype).clip_fraction < 1
+
+
+PER_SEQUENCE = torch.tensor([0] * 3 + [1] * 2 + [2] * 4 + [3] * 5)
+SIZES = PER_SEQUENCE.bincount()
+
+
+@pytest.mark.parametrize("guidance", [{}, {"cfg_weight": 3.0}])
+@pytest.mark.parametrize(
+    "form",
+    [
+        pytest.param({"token_weights": torch.full((N,), 1 / N)}, id="t2i-r1"),
+        pytest.param({"token_weights": 1 / (len(SIZES) * SIZES[PER_SEQUENCE])}, id="grpo"),
+        pytest.param({"token_weights": torch.full((N,), 1 / (4 * 9))}, id="dr-grpo"),
+        pytest.param({"clip_low": 0.2, "clip_high": 0.28}, id="dapo"),
+        pytest.param(
+            {"sequence_ids": PER_SEQUENCE, "clip_low": 3e-2, "clip_high": 4e-2}, id="gspo"
+        ),
+        pytest.param({"dual_clip": 1.5}, id="dual-clip"),
+    ],
+)
+def test_loss_forms(form, guidance):
+    old = old_with_both_clips(guidance.get("cfg_weight", 1.0))
+    options = {"old_logprobs": old, "ref_logprobs": old + 0.3, "beta": 0.04, **form, **guidance}
+    output = check(options)
+    assert 0 < output.clip_fraction < 1 and output.kl > 0
+    # Masked tokens, one of them at the end, so that the last chunk may have nothing to do.
+    weights = form.get("token_weights", torch.full((N,), 1 / N)).clone()
+    weights[[0, 4, 6, 11, 12, 13]] = 0
+    check(options | {"token_weights": weights})
+
+
+def test_truncated_importance_sampling_is_a_factor_of_the_advantage():
+    """omega * min(r A, clip(r) A) + beta * KL, with omega = min(e^(old - sampled), cap)."""
+    tensors, targets, advantages, current = problem()
+    old = old_with_both_clips()
+    sampled = old + torch.linspace(-1, 1, N)
+    omega = (old - sampled).exp().clamp(max=1.3)
+    hidden = tensors["hidden"].requires_grad_()
+    output = linear_grpo_loss(
+        hidden,
+        tensors["weight"],
+        targets,
+        advantages * omega,
+        bias=tensors["bias"],
+        old_logprobs=old,
+        ref_logprobs=current + 0.2,
+        beta=0.1,
+    )
+    output.loss.backward()
+    exact = hidden.detach().double().requires_grad_()
+    logits = exact @ tensors["weight"].double().T + tensors["bias"]
+    logp = logits.log_softmax(-1).gather(1, targets[:, None])[:, 0]
+    ratio, gap = (logp - old).exp(), current + 0.2 - logp
+    surrogate = torch.minimum(ratio * advantages, ratio.clamp(0.8, 1.2) * advantages)
+    (-omega * surrogate + 0.1 * (gap.exp() - gap - 1)).mean().backward()
+    torch.testing.assert_close(hidden.grad.double(), exact.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_everything_masked():
+    tensors, targets, advantages, _ = problem()
+    leaves = {k: t.requires_grad_() for k, t in tensors.items() if k != "uncond_hidden"}
+    output = linear_grpo_loss(
+        **leaves, targets=targets, advantages=advantages, token_weights=torch.zeros(N)
+    )
+    output.loss.backward()
+    assert all(value == 0 for value in (output.loss, *output[2:]))
+    assert not any(leaf.grad.any() for leaf in leaves.values())
+    assert output.logprobs.isfinite().all()
 
 
 def test_zero_advantage_without_kl_has_no_gradient():
@@ -322,6 +290,8 @@ def test_empty_batch():
         ("^sequence_ids: wanted", {"sequence_ids": torch.zeros(3, dtype=torch.int64)}),
         ("^uncond_hidden and cfg_weight: wanted both", {"cfg_weight": 5.0}),
         ("^uncond_hidden and cfg_weight: wanted both", {"uncond_hidden": torch.zeros(N, D)}),
+        ("^dual_clip: wanted > 1", {"dual_clip": 1.0}),
+        ("^chunk_rows: wanted >= 1", {"chunk_rows": 0}),
         ("^uncond_hidden: wanted", {"uncond_hidden": torch.zeros(1, D), "cfg_weight": 5.0}),
     ],
 )
