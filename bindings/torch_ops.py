@@ -10,16 +10,19 @@ import torch
 from torch import Tensor
 
 import kernels
+from kernels.chunked_head import HeadInputs, Needs, check_inputs, run_head
 from kernels.decode_attention import decode_attention
 from kernels.head_sample import head_sample
 from kernels.kv_append import kv_append
-from kernels.reference import linear_logits
 from kernels.sample_step import sample_step
 
 _STATE = (
     "Tensor(a!) step, int step_offset, Tensor table, Tensor(b!) x, Tensor(c!) tokens, "
     "Tensor(d!)? logprobs, Tensor(e!)? guided_logprobs, Tensor(f!) error, int? eos=None, "
     "Tensor(g!)? alive=None, int pad=0, Tensor(h!)? workspace=None"
+)
+_HEAD = (
+    "Tensor hidden, Tensor weight, Tensor targets, Tensor? bias=None, Tensor? uncond_hidden=None"
 )
 _DRAW = "float cfg_weight, float temperature, int seed, Tensor sample_ids"
 
@@ -47,9 +50,10 @@ SCHEMAS = {
         f"(Tensor cond, Tensor? uncond, Tensor weight, Tensor? bias, *, {_DRAW}, {_STATE}, "
         "bool greedy=False) -> ()"
     ),
-    "linear_logprobs": (
-        "(Tensor hidden, Tensor weight, Tensor targets, Tensor? bias=None, *, "
-        "float temperature=1.0) -> Tensor"
+    "linear_logprobs": (f"({_HEAD}, *, float temperature=1.0, float? cfg_weight=None) -> Tensor"),
+    "linear_logprobs_backward": (
+        f"(Tensor slopes, {_HEAD}, *, float temperature, float? cfg_weight, bool[] needs) "
+        "-> Tensor[]"
     ),
 }
 
@@ -66,15 +70,32 @@ def _add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tu
     return kernels.rms_norm(x, weight, eps, residual=residual)
 
 
-def _linear_logprobs(
+def _head_inputs(
     hidden: Tensor,
     weight: Tensor,
     targets: Tensor,
     bias: Tensor | None = None,
+    uncond_hidden: Tensor | None = None,
     *,
     temperature: float = 1.0,
-) -> Tensor:
-    return kernels.linear_logprobs(hidden, weight, targets, bias=bias, temperature=temperature)
+    cfg_weight: float | None = None,
+) -> HeadInputs:
+    head = HeadInputs(hidden, weight, targets, bias, uncond_hidden, cfg_weight, temperature, None)
+    check_inputs(head)
+    return head
+
+
+def _linear_logprobs(*tensors: Tensor | None, **options: float | None) -> Tensor:
+    return run_head(_head_inputs(*tensors, **options))[0].logprobs
+
+
+def _linear_logprobs_backward(
+    slopes: Tensor, *tensors: Tensor | None, needs: list[bool], **options: float | None
+) -> list[Tensor]:
+    """Gradients of the inputs that need one, in the order of `Needs`."""
+    head = _head_inputs(*tensors, **options)
+    gradients = run_head(head, slopes=slopes.contiguous(), needs=Needs(*needs))[1]
+    return [g for g in gradients if g is not None]
 
 
 def _kv_append(*tensors: Tensor, heads: int) -> Tensor:
@@ -91,6 +112,7 @@ _IMPLEMENTATIONS = {
     "sample_step": sample_step,
     "head_sample": head_sample,
     "linear_logprobs": _linear_logprobs,
+    "linear_logprobs_backward": _linear_logprobs_backward,
 }
 
 
@@ -130,6 +152,17 @@ def _fake_logprobs(hidden: Tensor, *_: object, **__: object) -> Tensor:
     return hidden.new_empty(hidden.shape[:1], dtype=dtype)
 
 
+def _fake_logprobs_backward(
+    slopes: Tensor, *tensors: Tensor | None, needs: list[bool], **_: object
+) -> list[Tensor]:
+    head = HeadInputs(*tensors, *[None] * (8 - len(tensors)))
+    return [
+        torch.empty_like(getattr(head, n))
+        for n, need in zip(Needs._fields, needs, strict=True)
+        if need
+    ]
+
+
 _FAKES = {
     "cfg_sample": _fake_cfg_sample,
     "rms_norm": _fake_norm,
@@ -140,24 +173,27 @@ _FAKES = {
     "sample_step": _fake_state,
     "head_sample": _fake_state,
     "linear_logprobs": _fake_logprobs,
+    "linear_logprobs_backward": _fake_logprobs_backward,
 }
+
+
+_PLACES = ("hidden", "weight", "targets", "bias", "uncond_hidden")  # of the op's tensors
 
 
 def _save_logprobs(ctx, inputs: tuple, keyword_only_inputs: dict, output: Tensor) -> None:  # noqa: ANN001 - torch's context
     ctx.save_for_backward(*inputs)
-    ctx.temperature = keyword_only_inputs["temperature"]
+    ctx.options = keyword_only_inputs
 
 
-def _logprobs_backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN001 - torch's context
-    """d log p[t] / d logits = (onehot(t) - softmax) / temperature, through the linear layer."""
-    hidden, weight, targets, bias = ctx.saved_tensors
-    probs = linear_logits(hidden, weight, bias, ctx.temperature).softmax(-1)
-    scaled = grad.to(probs.dtype) / ctx.temperature
-    d_logits = (probs * -scaled[:, None]).scatter_add(1, targets[:, None], scaled[:, None])
-    d_hidden = (d_logits @ weight.to(d_logits.dtype)).to(hidden.dtype)
-    d_weight = (d_logits.t() @ hidden.to(d_logits.dtype)).to(weight.dtype)
-    d_bias = None if bias is None else d_logits.sum(0).to(bias.dtype)
-    return d_hidden, d_weight, None, d_bias
+def _logprobs_backward(ctx, slopes: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN001 - torch's context
+    asked = dict(zip(_PLACES, ctx.needs_input_grad, strict=False))  # arguments left out: no entry
+    needs = [asked.get(name, False) for name in Needs._fields]
+    found = torch.ops.t2i.linear_logprobs_backward(
+        slopes, *ctx.saved_tensors, needs=needs, **ctx.options
+    )
+    names = [name for name, need in zip(Needs._fields, needs, strict=True) if need]
+    gradients = dict(zip(names, found, strict=True))
+    return tuple(gradients.get(name) for name in asked)
 
 
 for _name, _schema in SCHEMAS.items():

@@ -82,6 +82,11 @@ def cases():
     leaf = [t.clone().requires_grad_() for t in (rand(B, D), weight, bias)]
     yield "linear_logprobs", (leaf[0], leaf[1], targets, leaf[2]), {"temperature": 0.7}
     yield "linear_logprobs", (rand(B, D), weight, targets), {}
+    head = (leaf[0], weight, targets, None, rand(B, D, seed=1).requires_grad_())
+    yield "linear_logprobs", head, {"cfg_weight": 4.0}
+    options = {"temperature": 1.0, "cfg_weight": 4.0, "needs": [True, False, True, False]}
+    head = [t if t is None else t.detach() for t in head]
+    yield "linear_logprobs_backward", (rand(B), *head), options
 
 
 CASES = [pytest.param(*case, id=f"{case[0]}-{i}") for i, case in enumerate(cases())]
@@ -112,8 +117,18 @@ def direct(name, args, kwargs):
     if name == "add_rms_norm":
         x, residual, weight, eps = args
         return kernels.rms_norm(x, weight, eps, residual=residual)
-    if name == "linear_logprobs" and len(args) == 4:
-        return kernels.linear_logprobs(*args[:3], bias=args[3], **kwargs)
+    if name.startswith("linear_logprobs"):
+        slopes, args = (args[0], args[1:]) if name.endswith("backward") else (None, args)
+        options = dict(zip(("bias", "uncond_hidden"), args[3:], strict=False)) | kwargs
+        needs = options.pop("needs", None)
+        if slopes is None:
+            return kernels.linear_logprobs(*args[:3], **options)
+        leaves = (args[0], args[4], args[1], args[3])
+        leaves = [leaf for leaf, need in zip(leaves, needs, strict=True) if need]
+        for leaf in leaves:
+            leaf.requires_grad_()
+        logprobs = kernels.linear_logprobs(*args[:3], **options)
+        return torch.autograd.grad(logprobs, leaves, slopes)
     module = getattr(kernels, name, None)
     function = module if callable(module) else getattr(module, name)
     return function(*args, **kwargs)
@@ -121,7 +136,7 @@ def direct(name, args, kwargs):
 
 def flat(result, args, kwargs):
     """Results and every argument, which the op may have written."""
-    results = () if result is None else result if isinstance(result, tuple) else (result,)
+    results = () if result is None else [result] if isinstance(result, torch.Tensor) else result
     return [t for t in (*results, *args, *kwargs.values()) if isinstance(t, torch.Tensor)]
 
 
@@ -153,6 +168,12 @@ def test_gradient_of_linear_logprobs():
         return ops.linear_logprobs(hidden, weight, targets, bias, temperature=0.7)
 
     assert torch.autograd.gradcheck(logprobs, (hidden, weight, bias))
+
+    def guided(hidden, weight, uncond):
+        return ops.linear_logprobs(hidden, weight, targets, None, uncond, cfg_weight=3.0)
+
+    uncond = rand(4, 5, seed=1).double().requires_grad_()
+    assert torch.autograd.gradcheck(guided, (hidden, weight, uncond))
     torch.autograd.grad(ops.linear_logprobs(hidden, weight, targets).sum(), hidden)
 
 
