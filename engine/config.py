@@ -97,6 +97,7 @@ class TrainConfig:
     beta: float | None = option(None, "weight of the KL term; none: 0.1 for tiny, else T2I-R1's 0.01", at_least=0)
     clip_low: float = option(0.2, "ratios are clipped below 1 - clip_low", at_least=0, at_most=1, aliases=["epsilon"])
     clip_high: float = option(0.2, "ratios are clipped above 1 + clip_high", at_least=0, aliases=["epsilon_high"])
+    dual_clip: float | None = option(None, "bound c > 1 of the surrogate where the advantage is negative; none: off", above=1)
     truncated_is: float = option(0.0, "cap of the truncated importance weights; 0: off", at_least=0)
     old_logprobs: Literal["rollout", "recompute"] = option("rollout", "where old log-probs come from")
     learning_rate: float | None = option(None, "peak learning rate of AdamW; none: 4e-4 for tiny, else T2I-R1's 1e-6", group="optimizer", at_least=0)

@@ -138,14 +138,14 @@ def score(policy: Policy, experience: Experience, config: TrainConfig) -> tuple[
         )
     if "token" in config.train_levels:
         cond, uncond = _image_features(policy, experience, config.logprob_policy)
-        if uncond is not None:
-            cond = torch.lerp(uncond.float(), cond.float(), config.cfg_weight)
         last = policy.model.generation_head.vision_head
         image = linear_logprobs(
-            cond.to(last.weight.dtype),
+            cond,
             last.weight,
             experience.image_ids.flatten(),
             bias=last.bias,
+            uncond_hidden=uncond,
+            cfg_weight=None if uncond is None else config.cfg_weight,
             temperature=config.temperature,
         ).view_as(image)
     return text, image
@@ -170,15 +170,16 @@ def policy_loss(
     common = {
         "clip_low": config.clip_low,
         "clip_high": config.clip_high,
+        "dual_clip": config.dual_clip,
         "beta": config.beta,
         "temperature": config.temperature,
     }
-    text_weights, image_weights = (
-        _truncate(w, old, sampled, config)
-        for w, old, sampled in (
-            (weights[0], experience.text_old, experience.text_rollout),
-            (weights[1], experience.image_old, experience.image_rollout),
-        )
+    text_weights, image_weights = weights
+    text_advantages = _corrected(
+        experience.advantages, experience.text_old, experience.text_rollout, config
+    )
+    image_advantages = _corrected(
+        experience.advantages, experience.image_old, experience.image_rollout, config
     )
     batch = torch.arange(len(experience.advantages), device=policy.device)
     parts: list[tuple[LossOutput, Tensor, Tensor]] = []  # output, weights, sampler's log-probs
@@ -190,7 +191,7 @@ def policy_loss(
             hidden[mask],
             policy.lm_head.weight,
             experience.text_ids[mask],
-            experience.advantages[rows],
+            text_advantages[mask],
             old_logprobs=experience.text_old[mask],
             ref_logprobs=None if experience.text_ref is None else experience.text_ref[mask],
             token_weights=text_weights[mask],
@@ -206,7 +207,7 @@ def policy_loss(
             cond,
             last.weight,
             experience.image_ids.flatten(),
-            experience.advantages[rows],
+            image_advantages.flatten(),
             bias=last.bias,
             uncond_hidden=uncond,
             cfg_weight=None if uncond is None else config.cfg_weight,
@@ -226,8 +227,13 @@ def policy_loss(
     return totals
 
 
-def _truncate(weights: Tensor, old: Tensor, sampled: Tensor, config: TrainConfig) -> Tensor:
-    """Truncated importance sampling: correct sampler-to-trainer drift, weights capped."""
+def _corrected(advantages: Tensor, old: Tensor, sampled: Tensor, config: TrainConfig) -> Tensor:
+    """Every token's advantage, (B,) -> (B, T).
+
+    With truncated importance sampling, times min(old probability / sampler's, cap): it corrects for
+    drift between sampler and trainer, and scales the clipped surrogate but not the KL.
+    """
+    advantages = advantages[:, None].expand_as(old)
     if config.truncated_is == 0:
-        return weights
-    return weights * (old - sampled).exp().clamp(max=config.truncated_is)
+        return advantages
+    return advantages * (old - sampled).exp().clamp(max=config.truncated_is)

@@ -123,7 +123,7 @@ def plain_image_logprobs(
 
 
 def plain_loss(policy: Policy, e: Experience, config: TrainConfig) -> Tensor:
-    """One sample and one token at a time. `loss_type` token or sequence."""
+    """One sample and one token at a time; a sequence ratio is one a chain of thought."""
     losses: list[list[Tensor]] = []
     for b, advantage in enumerate(e.advantages.double()):
         levels = []
@@ -140,19 +140,27 @@ def plain_loss(policy: Policy, e: Experience, config: TrainConfig) -> Tensor:
             levels.append((logps, e.image_old, e.image_ref, e.image_rollout))
         losses.append([])
         for logps, old, ref, sampled in levels:
+            mean = (logps.detach() - old[b, : len(logps)].double()).mean()
             for i, logp in enumerate(logps):
                 ratio = (logp - old[b, i].double()).exp()
+                if config.ratio_level == "sequence":
+                    ratio = (mean + logp - logp.detach()).exp()
                 bounded = ratio.clamp(1 - config.clip_low, 1 + config.clip_high)
                 token = -torch.minimum(ratio * advantage, bounded * advantage)
-                if ref is not None:
-                    gap = ref[b, i].double() - logp
-                    token = token + config.beta * (gap.exp() - gap - 1)
+                if config.dual_clip and advantage < 0:
+                    token = torch.minimum(token, -config.dual_clip * advantage)
                 if config.truncated_is:
                     drift = (old[b, i] - sampled[b, i]).exp().item()
                     token = token * min(drift, config.truncated_is)
+                if ref is not None:
+                    gap = ref[b, i].double() - logp
+                    token = token + config.beta * (gap.exp() - gap - 1)
                 losses[-1].append(token)
     if config.loss_type == "sequence":
         return torch.stack([torch.stack(sample).mean() for sample in losses]).mean()
+    if config.loss_type == "dr_grpo":
+        longest = config.max_completion_length + e.image_ids.shape[1]
+        return torch.stack([torch.stack(sample).sum() / longest for sample in losses]).mean()
     return torch.stack([token for sample in losses for token in sample]).mean()
 
 
@@ -177,6 +185,9 @@ def run(policy: Policy, e: Experience, config: TrainConfig, chunks: int = 1):
     [
         {},
         {"loss_type": "sequence", "beta": 0.2, "truncated_is": 1.1},
+        {"loss_type": "dr_grpo", "clip_high": 0.4},
+        {"ratio_level": "sequence", "clip_low": 0.02, "clip_high": 0.03, "beta": 0.1},
+        {"dual_clip": 1.1, "clip_low": 0.5},
         {"train_levels": ["semantic"], "beta": 0.1},
         {"train_levels": ["token"], "clip_low": 0.05, "clip_high": 0.3},
         {"logprob_policy": "guided"},
