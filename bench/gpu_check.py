@@ -1,7 +1,8 @@
 """Everything that needs a GPU, in one command: python -m bench gpu_check (bench/gpu_check.sh)
 
 Parts: `tests` runs the test files that reach a GPU; `ops` holds every op against fp64 at real
-shapes and times it against a copy; `parity` compares graph, launches and transformers' loop token
+shapes and times it against a copy; `loss` does the same for the fused loss, against its GEMMs alone
+and the path through the logits; `parity` compares graph, launches and transformers' loop token
 by token; `1b` and `7b` time rollouts of Janus-Pro's shapes, with random weights, beside the peers
 and the roofline.
 
@@ -36,7 +37,7 @@ from engine.errors import UserError
 
 RESULTS = Path(__file__).parent / "results"
 # Shares of the time; what a part leaves over goes to those after it.
-SHARES = {"tests": 110, "ops": 80, "parity": 50, "1b": 110, "7b": 160}
+SHARES = {"tests": 120, "ops": 70, "loss": 40, "parity": 40, "1b": 90, "7b": 150}
 TEST_FILES = ("kernels", "gpu", "philox", "sample", "attention", "rollout", "policy", "decode")
 GRACE = 10  # seconds between a part's last start of an item and its end by force
 
@@ -46,7 +47,7 @@ VERDICT = re.compile(
     rf"^(?P<name>tests/\S+::.+?) (?P<said>{SAID})\b|^\[gw\d+\].*? (?P<first>{SAID}) (?P<xdist>tests/.+)"
 )
 
-PartName = Literal["tests", "ops", "parity", "1b", "7b"]
+PartName = Literal["tests", "ops", "loss", "parity", "1b", "7b"]
 
 
 @dataclass(kw_only=True, slots=True)
@@ -55,7 +56,7 @@ class Config:
 
     json: bool = option(False, "print one JSON object instead of a table")
     threads: int = option(0, "torch threads; 0: torch's default", at_least=0)
-    parts: list[PartName] = option(("tests", "ops", "parity", "1b", "7b"), "what to run")
+    parts: list[PartName] = option(tuple(SHARES), "what to run")
     seconds: int = option(520, "seconds in all", at_least=1)
     out: str = option("", "results file; empty: bench/results/gpu_check-<device>.json")
     commit: str = option("", "commit to record where the checkout has no git")
@@ -267,10 +268,12 @@ def emit(part: str, row: dict[str, Any]) -> None:
 
 def items_of(part: str, device: torch.device) -> list[Item]:
     """A part's items: (label, what makes its rows)."""
-    from bench.gpu import models, ops, parity, rollout
+    from bench.gpu import loss, models, ops, parity, rollout
 
     if part == "ops":
         return ops.items(device)
+    if part == "loss":
+        return loss.items(device)
     if part == "parity":
         return parity.items(device)
     shape = models.SHAPES[part]
@@ -278,7 +281,7 @@ def items_of(part: str, device: torch.device) -> list[Item]:
 
 
 def ratios(rows: list[dict[str, Any]]) -> dict[str, float]:
-    """Peer time / our time of each size, and our step over the roofline."""
+    """Peer time / our time of each size, our step over the roofline, and what the loss reaches."""
     found: dict[str, float] = {}
     ours = {(r["model"], r["images"]): r for r in rows if r.get("provider") == "ours"}
     for (model, images), row in ours.items():
@@ -289,6 +292,11 @@ def ratios(rows: list[dict[str, Any]]) -> dict[str, float]:
         peer = row.get("provider")
         if mine and "seconds" in mine and peer in ("eager_loop", "eager_unsplit", "static_cache"):
             found[f"{row['model']}_{row['images']}_vs_{peer}"] = row["seconds"] / mine["seconds"]
+        if row.get("op") == "linear_grpo_loss":
+            head = f"{row['model']}_{row['head'].replace(' ', '_')}_loss"
+            for key in ("share_of_gemms", "logits_over_ours", "logits_over_our_memory"):
+                if key in row:
+                    found[f"{head}_{key}"] = row[key]
     return found
 
 

@@ -216,19 +216,20 @@ def page(
     lines += [
         f"{config.dtypes[0]}, {max(config.rows)} rows in groups of {config.groups[-1]}, "
         f"{audit.PREFIX} prefix and {audit.SUFFIX} suffix tokens:",
-        "what the launch says it moves, the least possible, and the operations of its matrix",
-        "products.",
+        "what the launch says it moves, the least possible, what it reads a second time from L2, and",
+        "the operations of its matrix products. The loss takes a chunk of rows of its own.",
         "",
-        "| kernel | model | grid | warps | MB moved | MB least | GFLOP |",
-        "|" + " --- |" * 7,
+        "| kernel | model | grid | warps | MB moved | MB least | MB again | GFLOP |",
+        "|" + " --- |" * 8,
     ]
     for model, launch in launches:
         grid = " × ".join(map(str, launch.grid))
         moved, least = launch.bytes_moved / 1e6, launch.bytes_least / 1e6
+        again = f"{launch.bytes_again / 1e6:.3f}" if launch.bytes_again else ""
         flops = f"{launch.flops / 1e9:.2f}" if launch.flops else ""
         lines.append(
             f"| {launch.name} | {model} | {grid} | {launch.num_warps} | {moved:.3f} | {least:.3f} "
-            f"| {flops} |"
+            f"| {again} | {flops} |"
         )
     counts = report["launches"]
     lines += [

@@ -11,7 +11,9 @@ No GPU is needed. The rules (a broken one is a line of `Finding.failures`):
 * Traffic: the bytes that the launch moves are at most 1.05 times the least possible.
   Re-reads count. An operand that every program reads and that is small (norm weights, tables, the
   head's activations of about 1 MB at most) is counted once: the programs of one launch run side by
-  side, memory serves it once, and L1 or L2 the rest.
+  side, memory serves it once, and L1 or L2 the rest. What a program reads again a moment after it
+  first did, a row of logits too wide for registers, is not counted but stated beside it, as MB
+  again: L2 has it still, as far as the rows in flight fit (kernels/gpu/grpo_loss.py counts them).
 * Tensor cores: where the launch says so, its SASS has their instructions.
 * Nothing is left out: a jit function that no other one calls must be somebody's launch.
 """
@@ -216,6 +218,11 @@ def _check(module: str, launch: Launch) -> None:
         raise ValueError(
             f"{where}: wanted 0 < bytes_least <= bytes_moved, "
             f"got {launch.bytes_least} and {launch.bytes_moved}"
+        )
+    if not 0 <= launch.bytes_again <= launch.bytes_moved:
+        raise ValueError(
+            f"{where}: wanted 0 <= bytes_again <= bytes_moved, "
+            f"got {launch.bytes_again} and {launch.bytes_moved}"
         )
     if launch.tensor_cores and launch.flops <= 0:
         raise ValueError(f"{where}: tensor cores without flops")

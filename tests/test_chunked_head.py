@@ -299,3 +299,48 @@ def test_a_token_excluded_by_the_bias_counts_as_nothing():
     expected = linear_grpo_loss(leaves["hidden"], **fewer, targets=moved, advantages=advantages)
     for a, b in zip(output, expected, strict=True):
         torch.testing.assert_close(a, b)
+
+
+# Through Triton's pass
+
+
+@pytest.mark.parametrize("sequences", [None, torch.arange(N) // 9])
+def test_triton_pass_gives_the_same_loss_and_gradients(monkeypatch, device, sequences):
+    leaves, targets, advantages = problem()
+    leaves["uncond_hidden"] = (0.8 * leaves["hidden"]).detach().requires_grad_()
+    advantages[5:9] = 0
+    options = {
+        "old_logprobs": linear_logprobs(
+            *[leaves[n] for n in ("hidden", "weight")],
+            targets,
+            bias=leaves["bias"],
+            uncond_hidden=leaves["uncond_hidden"],
+            cfg_weight=3.0,
+        ).detach()
+        + torch.linspace(-0.9, 0.9, N),
+        "token_weights": torch.linspace(0, 1, N),
+        "sequence_ids": sequences,
+    }
+    options["ref_logprobs"] = options["old_logprobs"].where(advantages != 0, torch.nan)
+    options["token_weights"] = options["token_weights"].where(advantages != 0, 0)
+    rest = {"clip_high": 0.3, "dual_clip": 1.5, "beta": 0.1, "temperature": 1.3, "cfg_weight": 3.0}
+
+    def run(device):
+        here = {n: x.detach().to(device).requires_grad_() for n, x in leaves.items()}
+        moved = {n: x if x is None else x.to(device) for n, x in options.items()}
+        output = linear_grpo_loss(
+            **here,
+            targets=targets.to(device),
+            advantages=advantages.to(device),
+            chunk_rows=10,
+            **moved,
+            **rest,
+        )
+        output.loss.backward()
+        return [x.cpu() for x in (*output, *(leaf.grad for leaf in here.values()))]
+
+    expected = run("cpu")
+    if device == "cpu":
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
+    for a, b in zip(run(device), expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from bench import gpu_check
-from bench.gpu import ops, parity
+from bench.gpu import loss, ops, parity
 from bench.gpu.case import Step, largest
 from bench.gpu.models import Plan, Shape, prompts_of, random_policy
 from bench.gpu.rollout import ModelCheck, loop_seconds
@@ -81,6 +81,49 @@ def test_nan_is_no_small_error():
     one, nan = torch.ones(2), torch.tensor([1.0, torch.nan])
     error, allowed = largest((nan, one), (one, one), (one.double(), one.double()), torch.float32)
     assert not error <= allowed
+
+
+def loss_items(device, dtype=torch.float32):
+    return loss.items(torch.device(device), {"tiny": TINY}, dtype=dtype, rows=8)
+
+
+def test_the_loss_is_held_against_fp64_and_timed(interpreter, device):
+    rows = rows_of(loss_items(device))
+    assert [row["head"] for row in rows] == ["image", "image guided", "text"]
+    assert [row["vocabulary_gemms"] for row in rows] == [2, 2, 3]
+    for row in rows:
+        assert row["correct"] and row["error_over_allowed"] <= 1, row
+        assert row["share_of_gemms"] == row["gemms_ms"] / row["ms"] > 0
+    found = gpu_check.ratios(rows)
+    assert found["tiny_image_guided_loss_share_of_gemms"] == rows[1]["share_of_gemms"]
+    assert found["tiny_text_loss_logits_over_ours"] == rows[2]["logits_ms"] / rows[2]["ms"]
+
+
+def test_guided_activations_of_16_bits_are_two_gemms(device):
+    heads = [label for label, _ in loss_items(device, torch.bfloat16)]
+    assert heads == ["loss tiny image", "loss tiny image guided", "loss tiny text"]
+    settings = {"model": "tiny", "name": "", "rows": 4, "vocab": 8, "width": 4, "device": device}
+    for guided, trainable, count in ((False, False, 2), (True, False, 3), (True, True, 5)):
+        head = loss.Head(guided=guided, trainable=trainable, dtype=torch.bfloat16, **settings)
+        assert loss.gemm_count(head) == count
+
+
+@pytest.mark.parametrize("wrong", ["logprobs", "gradient", "last chunk"])
+def test_a_wrong_loss_has_no_speed(device, monkeypatch, wrong):
+    right = loss.linear_grpo_loss
+
+    def off(hidden, weight, targets, advantages, *, chunk_rows=None, **given):
+        if wrong == "gradient":
+            hidden = hidden * 1.01 - (hidden * 0.01).detach()  # the value stays
+        if wrong == "last chunk" and chunk_rows is not None:
+            advantages = torch.where(torch.arange(len(targets)) < 2 * chunk_rows, advantages, 0)
+        output = right(hidden, weight, targets, advantages, chunk_rows=chunk_rows, **given)
+        shift = 0.01 if wrong == "logprobs" else 0
+        return output._replace(logprobs=output.logprobs + shift)
+
+    monkeypatch.setattr(loss, "linear_grpo_loss", off)
+    for row in rows_of(loss_items("cpu")):
+        assert row["correct"] is False and "ms" not in row and "error" not in row
 
 
 def test_parity(device):
@@ -246,5 +289,7 @@ def test_commands_name_real_files_and_parts():
     files = [word for word in words if word.endswith(".py")]
     assert any("test_decode_cuda" in f for f in files) and any("test_rollout" in f for f in files)
     assert gpu_check.command("7b", 9.4)[1:] == ["-m", "bench.gpu_check", "7b", "9"]
+    labels = [label for label, _ in gpu_check.items_of("loss", torch.device("cpu"))]
+    assert "loss 7b image guided" in labels and len(labels) == 6
     labels = [label for label, _ in gpu_check.items_of("7b", torch.device("cpu"))]
     assert {"ours 64", "eager_loop 64", "eager_unsplit 64", "static_cache 64"} <= set(labels)

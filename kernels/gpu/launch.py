@@ -49,6 +49,8 @@ class Launch:
         num_warps, num_stages: launch options.
         grid: programs launched.
         bytes_moved: bytes of global memory that the launch reads and writes, counting re-reads.
+        bytes_again: bytes that a program reads a second time soon after the first, from L2; not in
+            bytes_moved.
         bytes_least: bytes that any implementation of the op must read and write.
         flops: floating-point operations of its matrix products; 0 where there is none.
         tensor_cores: the compiled code must contain tensor-core instructions.
@@ -65,6 +67,7 @@ class Launch:
     num_stages: int = 3
     grid: tuple[int, ...] = (1,)
     bytes_moved: int = 0
+    bytes_again: int = 0
     bytes_least: int = 0
     flops: int = 0
     tensor_cores: bool = False
