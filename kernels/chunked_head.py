@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kernels.logits_pass import logits_pass
+from kernels.logits_pass import logits_pass, pass_scratch
 from kernels.token_loss import Rows, TokenLoss
 
 # Bytes of a chunk's logits. More make the GEMMs no faster; a trainable weight, whose gradient is
@@ -101,12 +101,13 @@ def run_head(
     Returns: the pass's (N,) results, and gradients of the summed loss.
     """
     needs = needs or Needs()
-    share = _Gradients(head, needs)
-    head = head._replace(weight=_computed(head.weight), bias=_computed(head.bias))
     chunk_rows = head.chunk_rows or _chunk_rows(head, needs)
+    share = _Gradients(head, needs, chunk_rows)
+    head = head._replace(weight=_computed(head.weight), bias=_computed(head.bias))
     count, vocab = len(head.hidden), len(head.weight)
     shape = (min(chunk_rows, count), vocab)
     logits = head.weight.new_empty(shape, dtype=_wide(head.weight.dtype))
+    scratch = pass_scratch(logits)
     gradient = head.weight.dtype if any(needs) else None
     scale = _scale(terms, slopes, gradient)
     parts: list[Rows] = []
@@ -123,6 +124,7 @@ def run_head(
             entropy=entropy,
             gradient=gradient,
             scale=scale,
+            scratch=scratch,
         )
         if gradient is not None:
             share.add(start, inputs, head.weight, rows)
@@ -133,12 +135,15 @@ def run_head(
 class _Gradients:
     """Sums the chunks' shares of the gradients: rows in their own dtype, weights in fp32."""
 
-    def __init__(self, head: HeadInputs, needs: Needs) -> None:
+    def __init__(self, head: HeadInputs, needs: Needs, chunk_rows: int) -> None:
         self.guidance = 1.0 if head.cfg_weight is None else head.cfg_weight
         inputs = {name: getattr(head, name) for name, needed in needs._asdict().items() if needed}
         self.dtypes = {name: x.dtype for name, x in inputs.items()}
         self.rows = {n: _zeros(x, x.dtype) for n, x in inputs.items() if "hidden" in n}
         self.sums = {n: _zeros(x, _wide(x.dtype)) for n, x in inputs.items() if "hidden" not in n}
+        # Kept over the chunks: blocks of this size, taken and given back, leave the heap in holes.
+        shape = (min(chunk_rows, len(head.hidden)) if inputs else 0, head.hidden.shape[1])
+        self.work = head.hidden.new_empty(shape, dtype=_wide(head.weight.dtype))
 
     def add(self, start: int, inputs: list[Tensor], weight: Tensor, rows: Rows) -> None:
         """One chunk's share; rows of slope 0 (masked, clipped, no advantage) have none."""
@@ -152,14 +157,20 @@ class _Gradients:
             factor = factor[live] if isinstance(factor, Tensor) else factor
             places = live + start
         if self.rows:
-            mixed = _product(gradient, weight)
+            mixed = _product(gradient, weight, out=self.work[: len(gradient)])
             mixed *= factor[:, None] if isinstance(factor, Tensor) else factor
             shares = {"hidden": self.guidance, "uncond_hidden": 1 - self.guidance}
             for name, target in self.rows.items():
-                target[places] = (shares[name] * mixed).to(target.dtype)
+                target[places] = mixed if shares[name] == 1 else mixed * shares[name]
         for name, total in self.sums.items():
             for x in inputs if name == "weight" else [gradient.new_ones(len(gradient), 1)]:
-                _add_product(total.view(len(total), -1), gradient.T, x, factor)
+                if isinstance(factor, Tensor):
+                    work = self.work[: len(x), : x.shape[1]]
+                    total.view(len(total), -1).addmm_(
+                        gradient.T, torch.mul(x, factor[:, None], out=work)
+                    )
+                else:
+                    _add_product(total.view(len(total), -1), gradient.T, x, factor)
 
     def finish(self) -> Gradients:
         """The sums, in the dtypes of the inputs."""
@@ -232,18 +243,16 @@ def _project(inputs: list[Tensor], weight: Tensor, bias: Tensor | None, *, out: 
             torch.addmm(bias[columns], x, weight[columns].T, out=out[:, columns])
 
 
-def _product(gradient: Tensor, weight: Tensor) -> Tensor:
-    """gradient (C, V) @ weight (V, D) in fp32 (fp64)."""
-    if weight.dtype in (torch.float32, torch.float64):
-        return gradient @ weight
-    return torch.mm(gradient, weight, torch.float32)
+def _product(gradient: Tensor, weight: Tensor, *, out: Tensor) -> Tensor:
+    """gradient (C, V) @ weight (V, D) into out, fp32 (fp64)."""
+    if weight.dtype == out.dtype:
+        return torch.mm(gradient, weight, out=out)
+    return torch.mm(gradient, weight, out.dtype, out=out)
 
 
-def _add_product(total: Tensor, left: Tensor, right: Tensor, factor: Tensor | float) -> None:
-    """total += left @ (factor * right), the factor a number or one a row of right."""
-    if isinstance(factor, Tensor):
-        total.addmm_(left, right * factor[:, None])
-    elif total.dtype == left.dtype:
+def _add_product(total: Tensor, left: Tensor, right: Tensor, factor: float) -> None:
+    """total += factor * left @ right, the sum in fp32 (fp64)."""
+    if total.dtype == left.dtype:
         total.addmm_(left, right, alpha=factor)
     else:
         torch.addmm(total, left, right, total.dtype, alpha=factor, out=total)

@@ -6,7 +6,9 @@ from torch import Tensor
 from kernels.dispatch import use_triton
 from kernels.token_loss import Rows, TokenLoss, token_loss
 
-BLOCK_BYTES = 4 << 20  # that PyTorch passes over together: in cache, and few barriers of its threads
+BLOCK_BYTES = (
+    4 << 20
+)  # that PyTorch passes over together: in cache, and few barriers of its threads
 
 
 def logits_pass(
@@ -19,6 +21,7 @@ def logits_pass(
     entropy: bool = True,
     gradient: torch.dtype | None = None,
     scale: float = 1.0,
+    scratch: Tensor | None = None,
 ) -> Rows:
     """What a chunk of logits says about its targets, and its gradient in place of the logits.
 
@@ -30,6 +33,7 @@ def logits_pass(
         entropy: whether the PyTorch path computes it; Triton's pass has it for nothing.
         gradient: dtype to write the gradient in; None: no gradient.
         scale: factor in the written gradient, which keeps fp16 in range.
+        scratch: `pass_scratch(logits)`, so that chunks share one; None: allocated here.
     """
     if use_triton(logits) and logits.dtype == torch.float32:
         from kernels.gpu.grpo_loss import launch_grpo_rows
@@ -45,7 +49,9 @@ def logits_pass(
         )
         return rows._replace(factor=1 / scale)
     wanted = entropy or gradient is not None
-    logprobs, entropies = _softmax(logits, targets, temperature, entropy, keep=wanted)
+    if scratch is None:
+        scratch = pass_scratch(logits)
+    logprobs, entropies = _softmax(logits, targets, temperature, scratch, entropy, keep=wanted)
     loss = kl = clipped = None
     if terms is not None:
         loss, kl, clipped, slopes = token_loss(logprobs, terms)
@@ -58,15 +64,29 @@ def logits_pass(
     return rows._replace(gradient=logits, factor=-slopes / temperature)
 
 
+def pass_scratch(logits: Tensor) -> Tensor | None:
+    """Working memory of the PyTorch pass over logits (C, V); None where Triton needs none."""
+    if use_triton(logits) and logits.dtype == torch.float32:
+        return None
+    count, vocab = logits.shape
+    return logits.new_empty(
+        min(count, max(1, BLOCK_BYTES // (vocab * logits.element_size()))), vocab
+    )
+
+
 def _softmax(
-    logits: Tensor, targets: Tensor, temperature: float, entropy: bool, *, keep: bool
+    logits: Tensor,
+    targets: Tensor,
+    temperature: float,
+    scratch: Tensor,
+    entropy: bool,
+    *,
+    keep: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """Log-probs of the targets and entropy; with `keep`, probabilities in place of the logits."""
-    count, vocab = logits.shape
-    step = max(1, BLOCK_BYTES // (vocab * logits.element_size()))
+    count, step = len(logits), max(1, len(scratch))
     logprobs = logits.new_empty(count)
     entropies = logits.new_empty(count) if entropy else None
-    scratch = logits.new_empty(min(step, count), vocab)
     for start in range(0, count, step):
         rows = slice(start, min(start + step, count))
         x = logits[rows]
@@ -77,9 +97,9 @@ def _softmax(
         torch.gather(full, 1, targets[rows, None], out=logprobs[rows, None])
         if not keep:
             continue
-        torch.exp(full, out=x)
+        torch.softmax(full, -1, out=x)  # cheaper than exp, which does not share softmax's code
         if entropies is not None:
             # 0 * -inf, of a token that a bias excludes, counts as 0.
-            full.clamp_(min=torch.finfo(full.dtype).min)
-            torch.linalg.vecdot(x, full, out=entropies[rows])
+            full.clamp_(min=torch.finfo(full.dtype).min).mul_(x)
+            torch.sum(full, -1, out=entropies[rows])
     return logprobs, None if entropies is None else entropies.neg_()

@@ -116,9 +116,9 @@ def test_rows_without_slope_reach_no_product(monkeypatch):
     seen = []
     product = chunked_head._product
 
-    def spy(gradient, weight):
+    def spy(gradient, weight, *, out):
         seen.append(len(gradient))
-        return product(gradient, weight)
+        return product(gradient, weight, out=out)
 
     monkeypatch.setattr(chunked_head, "_product", spy)
     linear_grpo_loss(
@@ -151,7 +151,7 @@ def test_only_what_is_needed_is_computed(guided):
 
 def test_no_grad_computes_no_gradients(monkeypatch):
     leaves, targets, advantages = problem()
-    monkeypatch.setattr(chunked_head, "_product", lambda *_: pytest.fail("a gradient's GEMM"))
+    monkeypatch.setattr(chunked_head, "_product", lambda *_, **__: pytest.fail("a gradient's GEMM"))
     with torch.no_grad():
         linear_grpo_loss(**leaves, targets=targets, advantages=advantages)
     linear_logprobs(**leaves, targets=targets)  # its backward pass computes them
