@@ -39,6 +39,6 @@ setup(
         # A source build on a GPU machine: pip install --no-build-isolation ".[flash]"
         "flash": ["flash-attn"],
         "xformers": ["xformers"],
-        "bench": ["matplotlib"],
+        "bench": ["matplotlib", "liger-kernel>=0.8.5", "trl>=1.16", "cut-cross-entropy>=25.1"],
     },
 )

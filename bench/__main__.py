@@ -10,7 +10,7 @@ from types import ModuleType
 
 import torch
 
-from bench import gpu_check, kernels, machine, rollout
+from bench import gpu_check, kernels, loss, machine, rollout
 from engine.config import nearest, parse_args
 from engine.errors import UserError, run_command
 
@@ -18,6 +18,7 @@ from engine.errors import UserError, run_command
 # run(config) -> {"rows": [...], "ratios": {...}, "correct": bool}.
 SUITES: dict[str, ModuleType] = {
     "rollout": rollout,
+    "loss": loss,
     "kernels": kernels,
     "gpu_check": gpu_check,
 }

@@ -1,8 +1,8 @@
-"""Make the README's measured parts from results: python -m bench.readme --run runs/tiny-0
+"""Make the README's measured parts from results: python -m bench.readme [--run runs/tiny-0 ...]
 
-Reads the run's summary, metrics and evaluation pictures, the other seeds' summaries where they
-exist, and bench/results/rollout.json; writes docs/assets/curve.png, docs/assets/before_after.png
-and the table between the README's markers. Nothing is typed by hand.
+Reads bench/results/rollout.json and bench/results/loss.json, and of runs, where they are given, the
+summaries, and the first one's metrics and evaluation pictures; writes the tables between the
+README's markers, docs/assets/curve.png and docs/assets/before_after.png. Nothing is typed by hand.
 """
 
 import argparse
@@ -24,7 +24,6 @@ from engine.pictures import save_grid
 
 ROOT = Path(__file__).parents[1]
 ASSETS = ROOT / "docs" / "assets"
-BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
 WINDOW = 9  # steps of the curves' rolling mean
 
 
@@ -73,8 +72,8 @@ def draw_before_after(run: Path, columns: int = 6) -> None:
     save_grid(path, torch.stack(pictures), captions, columns=columns, scale=3)
 
 
-def table(runs: list[Path], rollout: dict[str, Any]) -> str:
-    """The README's table, as Markdown."""
+def gains(runs: list[Path]) -> str:
+    """What the runs gained, as a Markdown table."""
     lines = ["| measured | figure |", "|---|---|"]
     for run in runs:
         summary = _read(run / "summary.json")
@@ -86,6 +85,12 @@ def table(runs: list[Path], rollout: dict[str, Any]) -> str:
             f"{riddles[0]:.3f} → {riddles[1]:.3f} ({riddles[1] - riddles[0]:+.3f}), "
             f"{summary['seconds'] / 60:.1f} min, {summary['peak_memory_mib'] / 1024:.1f} GiB |"
         )
+    return "\n".join(lines)
+
+
+def speeds(rollout: dict[str, Any], loss: dict[str, Any]) -> str:
+    """The benchmarks' ratios, as a Markdown table, and where they were measured."""
+    lines = ["| measured | figure |", "|---|---|"]
     names = {
         "vs_eager_loop": "rollout, tiny model, 64 images: speed against T2I-R1's loop (32-row chunks)",
         "vs_eager_unsplit": "the same, against that loop in one chunk",
@@ -93,33 +98,56 @@ def table(runs: list[Path], rollout: dict[str, Any]) -> str:
     }
     for key, text in names.items():
         lines.append(f"| {text} | {rollout['ratios'][key]:.2f}x |")
-    machine = rollout["machine"]
-    lines.append("")
-    lines.append(
-        f"{machine['cpu']}, {machine['threads']} threads, torch {machine['torch']}, commit "
-        f"{machine['commit']}; made by `python -m bench.readme` from `python -m engine.train` "
-        "(three seeds) and `python -m bench rollout --json`."
+    ratios = loss["ratios"]
+    names = {
+        "logits": "loss with gradients, 4096 tokens, 16,384 codes, width 512: against all logits at once",
+        "liger": "the same, against Liger-Kernel's fused loss",
+        "fastest_peer": "the same, against the fastest of the peers that ran",
+        "plain": "guided loss: against the logits of both branches",
+    }
+    for key, text in names.items():
+        guided = "guided_" if key == "plain" else ""
+        parts = [
+            f"{ratios[name]:.2f} of its {what}"
+            for what in ("time", "memory")
+            if (name := f"{guided}{what}_vs_{key}") in ratios
+        ]
+        lines.append(f"| {text} | {', '.join(parts)} |")
+    return "\n".join([*lines, "", *(_source(report) for report in (rollout, loss))])
+
+
+def _source(report: dict[str, Any]) -> str:
+    machine = report["machine"]
+    return (
+        f"`python -m bench {report['suite']} --json`: {machine['cpu']}, {machine['threads']} "
+        f"threads, torch {machine['torch']}, commit {machine['commit']}."
     )
-    return "\n".join(lines)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--run", type=Path, nargs="+", default=[ROOT / "runs" / "tiny-0"])
-    parser.add_argument("--rollout", type=Path, default=ROOT / "bench" / "results" / "rollout.json")
+    parser.add_argument("--run", type=Path, nargs="+", default=[])
+    results = ROOT / "bench" / "results"
+    parser.add_argument("--rollout", type=Path, default=results / "rollout.json")
+    parser.add_argument("--loss", type=Path, default=results / "loss.json")
     arguments = parser.parse_args()
     ASSETS.mkdir(parents=True, exist_ok=True)
     try:
-        draw_curve(arguments.run[0])
-        draw_before_after(arguments.run[0])
-        text = table(arguments.run, _read(arguments.rollout))
+        tables = {"speeds": speeds(_read(arguments.rollout), _read(arguments.loss))}
+        if arguments.run:
+            draw_curve(arguments.run[0])
+            draw_before_after(arguments.run[0])
+            tables["gains"] = gains(arguments.run)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     readme = ROOT / "README.md"
-    head, rest = readme.read_text().split(BEGIN)
-    tail = rest.split(END)[1]
-    readme.write_text(f"{head}{BEGIN}\n{text}\n{END}{tail}")
+    text = readme.read_text()
+    for name, made in tables.items():
+        begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+        head, rest = text.split(begin)
+        text = f"{head}{begin}\n{made}\n{end}{rest.split(end)[1]}"
+    readme.write_text(text)
     return 0
 
 

@@ -31,7 +31,7 @@ def linear_logprobs(
         temperature: > 0.
         uncond_hidden: (N, D); with cfg_weight, scores the guided distribution: x is
             uncond_hidden + cfg_weight * (hidden - uncond_hidden), mixed in fp32.
-        chunk_rows: rows whose logits are held at a time; None: about 24 MiB (CUDA: 64 MiB) of
+        chunk_rows: rows whose logits are held at a time; None: about 32 MiB (CUDA: 64 MiB) of
             them, or a quarter of what a trainable weight's gradient takes.
     Returns: (N,) fp32 nats (fp64 for an fp64 weight); differentiable once in hidden,
         uncond_hidden, weight and bias.

@@ -99,7 +99,7 @@ def _softmax(
             continue
         torch.softmax(full, -1, out=x)  # cheaper than exp, which does not share softmax's code
         if entropies is not None:
-            # 0 * -inf, of a token that a bias excludes, counts as 0.
-            full.clamp_(min=torch.finfo(full.dtype).min).mul_(x)
-            torch.sum(full, -1, out=entropies[rows])
+            torch.sum(full.mul_(x), -1, out=entropies[rows])
+            if entropies[rows].isnan().any():  # 0 * -inf, of a token that a bias excludes: 0
+                torch.sum(torch.xlogy(x, x), -1, out=entropies[rows])
     return logprobs, None if entropies is None else entropies.neg_()
