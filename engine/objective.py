@@ -102,19 +102,30 @@ def reference_policy(policy: Policy) -> Policy:
     return reference
 
 
+def _text_hidden(policy: Policy, experience: Experience, config: TrainConfig) -> Tensor:
+    """States that predict the plans' tokens, (B, T, D), zeros where masked."""
+    return policy.completion_hidden(
+        experience.stage1,
+        experience.text_ids,
+        image=False,
+        lengths=experience.text_mask.sum(1),
+        share=config.share_prompts,
+    )
+
+
 def _image_features(
-    policy: Policy, experience: Experience, logprob_policy: str
+    policy: Policy, experience: Experience, config: TrainConfig
 ) -> tuple[Tensor, Tensor | None]:
     """Inputs of the image head's last layer, conditional and unconditional, (B * N, D) each."""
     head = policy.model.generation_head
-    ids = experience.image_ids
-    cond = head.features(policy.completion_hidden(experience.stage2, ids, image=True))
-    if logprob_policy == "conditional":
+    ids, share = experience.image_ids, config.share_prompts
+    cond = head.features(policy.completion_hidden(experience.stage2, ids, image=True, share=share))
+    if config.logprob_policy == "conditional":
         return cond.flatten(0, 1), None
-    detached = logprob_policy == "guided_detached"
+    detached = config.logprob_policy == "guided_detached"
     blank = [policy.unconditional(p) for p in experience.stage2]
     with torch.set_grad_enabled(torch.is_grad_enabled() and not detached):
-        uncond = head.features(policy.completion_hidden(blank, ids, image=True))
+        uncond = head.features(policy.completion_hidden(blank, ids, image=True, share=share))
     return cond.flatten(0, 1), uncond.flatten(0, 1)
 
 
@@ -129,7 +140,7 @@ def score(policy: Policy, experience: Experience, config: TrainConfig) -> tuple[
     image = torch.zeros(experience.image_ids.shape, device=policy.device)
     mask = experience.text_mask
     if "semantic" in config.train_levels:
-        hidden = policy.completion_hidden(experience.stage1, experience.text_ids, image=False)
+        hidden = _text_hidden(policy, experience, config)
         text[mask] = linear_logprobs(
             hidden[mask],
             policy.lm_head.weight,
@@ -137,7 +148,7 @@ def score(policy: Policy, experience: Experience, config: TrainConfig) -> tuple[
             temperature=config.temperature,
         )
     if "token" in config.train_levels:
-        cond, uncond = _image_features(policy, experience, config.logprob_policy)
+        cond, uncond = _image_features(policy, experience, config)
         last = policy.model.generation_head.vision_head
         image = linear_logprobs(
             cond,
@@ -185,7 +196,7 @@ def policy_loss(
     parts: list[tuple[LossOutput, Tensor, Tensor]] = []  # output, weights, sampler's log-probs
     mask = experience.text_mask
     if "semantic" in config.train_levels:
-        hidden = policy.completion_hidden(experience.stage1, experience.text_ids, image=False)
+        hidden = _text_hidden(policy, experience, config)
         rows = batch[:, None].expand_as(mask)[mask]
         output = linear_grpo_loss(
             hidden[mask],
@@ -200,7 +211,7 @@ def policy_loss(
         )
         parts.append((output, text_weights[mask], experience.text_rollout[mask]))
     if "token" in config.train_levels:
-        cond, uncond = _image_features(policy, experience, config.logprob_policy)
+        cond, uncond = _image_features(policy, experience, config)
         rows = batch[:, None].expand_as(experience.image_ids).flatten()
         last = policy.model.generation_head.vision_head
         output = linear_grpo_loss(

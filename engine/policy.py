@@ -2,11 +2,13 @@
 
 One set of modules serves the training forward and decoding. Parameter names are those of
 transformers' `JanusForConditionalGeneration`, so a checkpoint maps one to one. Sequences are
-never padded on the left and no pad is ever attended: a batch of different lengths is
-right-padded, which a causal model cannot see.
+never padded on the left and no pad is ever attended: a batch of different lengths is either
+right-padded, which a causal model cannot see, or packed (engine/token_tree.py).
 """
 
 from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -14,12 +16,17 @@ from torch import Tensor, nn
 from transformers import JanusConfig, PreTrainedTokenizerBase
 from transformers.models.janus.modeling_janus import JanusVQVAE
 
+from engine.image_modules import Aligner, ImageHead
 from engine.rope import head_dimension, rope_tables, rotate
+from engine.token_tree import TokenTree, worthwhile_tree
 from kernels import linear_logprobs
+
+if TYPE_CHECKING:
+    from engine.weights_save import Checkpoint
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm (arXiv:1910.07467), computed in fp32."""
+    """Root-mean-square norm (arXiv:1910.07467), computed in fp32, or fp64 when given it."""
 
     def __init__(self, width: int, eps: float) -> None:
         super().__init__()
@@ -27,7 +34,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.dtype == torch.float32:
+        if x.dtype in (torch.float32, torch.float64):
             return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
         return self.weight * F.rms_norm(x.float(), self.weight.shape, None, self.eps).to(x.dtype)
 
@@ -46,15 +53,23 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(text.hidden_size, self.kv_heads * self.head_dim, bias=bias)
         self.o_proj = nn.Linear(self.heads * self.head_dim, text.hidden_size, bias=bias)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x (B, T, D) -> output (B, T, D) and this layer's k, v (B, Hkv, T, head_dim)."""
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, tree: TokenTree | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """x (B, T, D) -> output (B, T, D) and this layer's k, v (B, Hkv, T, head_dim).
+
+        With a tree, x is (1, N, D), its tokens; cos and sin are always those of x's tokens.
+        """
         batch, length, _ = x.shape
         q = rotate(self._by_head(self.q_proj(x)), cos, sin).to(x.dtype)
         k, v = self.keys_values(x, cos, sin)
-        mixed = F.scaled_dot_product_attention(
-            q, k, v, is_causal=True, enable_gqa=self.heads != self.kv_heads
-        )
-        return self.o_proj(mixed.transpose(1, 2).reshape(batch, length, -1)), k, v
+        if tree is None:
+            mixed = F.scaled_dot_product_attention(
+                q, k, v, is_causal=True, enable_gqa=self.heads != self.kv_heads
+            ).transpose(1, 2)
+        else:
+            mixed = tree.attend(*(y[0].transpose(0, 1) for y in (q, k, v)))
+        return self.o_proj(mixed.reshape(batch, length, -1)), k, v
 
     def keys_values(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         """x (B, T, D) -> k, v (B, Hkv, T, head_dim), k rotated."""
@@ -90,8 +105,10 @@ class Layer(nn.Module):
         self.input_layernorm = RMSNorm(text.hidden_size, text.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(text.hidden_size, text.rms_norm_eps)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        mixed, k, v = self.self_attn(self.input_layernorm(x), cos, sin)
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, tree: TokenTree | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        mixed, k, v = self.self_attn(self.input_layernorm(x), cos, sin, tree)
         x = x + mixed
         return x + self.mlp(self.post_attention_layernorm(x)), k, v
 
@@ -105,41 +122,6 @@ class LanguageModel(nn.Module):
         self.embed_tokens = nn.Embedding(text.vocab_size, text.hidden_size)
         self.layers = nn.ModuleList(Layer(config) for _ in range(text.num_hidden_layers))
         self.norm = RMSNorm(text.hidden_size, text.rms_norm_eps)
-
-
-class Aligner(nn.Module):
-    """Maps a codebook vector to the trunk's width (Janus' generation aligner)."""
-
-    def __init__(self, config: JanusConfig) -> None:
-        super().__init__()
-        vq = config.vq_config
-        self.fc1 = nn.Linear(vq.embed_dim, vq.projection_dim)
-        self.hidden_layers = nn.ModuleList(
-            nn.Linear(vq.projection_dim, vq.projection_dim) for _ in range(1, vq.num_hidden_layers)
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.fc1(x)
-        for layer in self.hidden_layers:
-            x = layer(F.gelu(x))
-        return x
-
-
-class ImageHead(nn.Module):
-    """Linear, GELU, Linear onto the image codebook."""
-
-    def __init__(self, config: JanusConfig) -> None:
-        super().__init__()
-        vq = config.vq_config
-        self.proj_out = nn.Linear(vq.image_token_embed_dim, vq.projection_dim)
-        self.vision_head = nn.Linear(vq.projection_dim, vq.num_embeddings)
-
-    def features(self, hidden: Tensor) -> Tensor:
-        """(..., D) -> the input of the last layer, in which guidance is linear."""
-        return F.gelu(self.proj_out(hidden))
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        return self.vision_head(self.features(hidden))
 
 
 class _Model(nn.Module):
@@ -163,6 +145,7 @@ class Policy(nn.Module):
         config: transformers' JanusConfig.
         tokenizer: the checkpoint's tokenizer; None only for models built from a bare config.
         bos, eos, pad, image_start: special token ids.
+        source: the checkpoint it was loaded from, if any.
     """
 
     def __init__(
@@ -171,6 +154,7 @@ class Policy(nn.Module):
         super().__init__()
         self.config = config
         self.tokenizer = tokenizer
+        self.source: Checkpoint | None = None
         text = config.text_config
         self.model = _Model(config)
         self.lm_head = nn.Linear(text.hidden_size, text.vocab_size, bias=False)
@@ -240,17 +224,31 @@ class Policy(nn.Module):
 
     # Forward
 
-    def hidden(self, embeds: Tensor) -> Tensor:
-        """Trunk forward. embeds (B, T, D), positions from 0 -> final-norm hidden (B, T, D)."""
+    def hidden(self, embeds: Tensor, tree: TokenTree | None = None) -> Tensor:
+        """Trunk forward.
+
+        Args:
+            embeds: (B, T, D), positions from 0; with a tree (1, N, D), its tokens.
+        Returns: final-norm hidden states of embeds' shape.
+        """
         trunk = self.model.language_model
-        cos, sin = rope_tables(self.config, embeds.shape[1], embeds.device)
+        length = embeds.shape[1] if tree is None else tree.width
+        cos, sin = rope_tables(self.config, length, embeds.device)
+        if tree is not None:
+            cos, sin = cos[tree.positions], sin[tree.positions]
         x = embeds
         for layer in trunk.layers:
-            x, _, _ = layer(x, cos, sin)
+            x, _, _ = layer(x, cos, sin, tree)
         return trunk.norm(x)
 
     def completion_hidden(
-        self, prompts: Sequence[Tensor], completions: Tensor, *, image: bool
+        self,
+        prompts: Sequence[Tensor],
+        completions: Tensor,
+        *,
+        image: bool,
+        lengths: Tensor | None = None,
+        share: bool = True,
     ) -> Tensor:
         """Hidden states that predict each completion token.
 
@@ -258,8 +256,28 @@ class Policy(nn.Module):
             prompts: B tensors (L_i,) int64 text ids.
             completions: (B, T) int64; image tokens if `image`, else text ids. Positions past a
                 row's own end may hold anything: a causal model does not see them earlier.
-        Returns: (B, T, D).
+            lengths: (B,) int64 in 0 .. T, completion tokens of each row; None: T.
+            share: compute once what several rows begin with, and no padding, where that pays;
+                the same values and gradients but for rounding.
+        Returns: (B, T, D); zeros past a row's length.
         """
+        tree = worthwhile_tree(prompts, completions, lengths, image=image) if share else None
+        if tree is None:
+            hidden = self._padded_hidden(prompts, completions, image=image)
+        else:
+            embeds = self.embed_text(tree.text_ids)
+            if image:
+                embeds = torch.cat((embeds, self.embed_image(tree.image_ids)))
+            hidden = tree.predict(self.hidden(embeds[None], tree)[0])
+        if lengths is None:
+            return hidden
+        beyond = torch.arange(completions.shape[1], device=self.device) >= lengths[:, None]
+        return hidden.masked_fill(beyond[..., None], 0)
+
+    def _padded_hidden(
+        self, prompts: Sequence[Tensor], completions: Tensor, *, image: bool
+    ) -> Tensor:
+        """`completion_hidden` of each row for itself, right-padded to the longest."""
         lengths = torch.tensor([len(p) for p in prompts], device=self.device)
         batch, steps = completions.shape
         # The last completion token predicts nothing that is scored, so it is not fed.
@@ -321,11 +339,37 @@ def load_policy(
     """Load a policy from a checkpoint folder, or "tiny" for the embedded default.
 
     Args:
-        path: "tiny", or a folder in transformers' layout (`model_type: janus`).
-        dtype: None keeps the checkpoint's.
+        path: "tiny"; a folder in the original layout (`model_type: multi_modality`, as published
+            for Janus-Pro and T2I-R1) or in transformers' (`janus`), of safetensors or pickled
+            weights; or a hub id, owner/name.
+        dtype: float32, bfloat16 or float16; None keeps the checkpoint's.
         device: None is the CPU.
+    The understanding tower stays in its files, from where `save_policy` carries it over.
     Raises: UserError naming the file and key that cannot be used.
     """
     from engine.weights import read_policy
 
     return read_policy(path, dtype=dtype, device=device)
+
+
+def save_policy(
+    policy: Policy,
+    folder: str | Path,
+    *,
+    layout: str | None = None,
+    max_shard_bytes: int = 5_000_000_000,
+) -> Path:
+    """Write a policy as a checkpoint folder: weights, config, and its checkpoint's other files.
+
+    Args:
+        folder: made whole or not at all; an existing one is replaced if it is empty or was
+            written by this function, and nothing was added.
+        layout: "original", whose keys and shapes are those of the published checkpoints, or
+            "transformers", for JanusForConditionalGeneration; None: the one it was loaded from.
+        max_shard_bytes: most bytes of tensors in a file, but for a larger single tensor.
+    Returns: the folder.
+    Raises: UserError naming the folder, or the file and key that cannot be carried over.
+    """
+    from engine.weights_save import save_folder
+
+    return save_folder(policy, Path(folder), layout=layout, max_shard_bytes=max_shard_bytes)
