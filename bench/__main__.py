@@ -10,7 +10,7 @@ from types import ModuleType
 
 import torch
 
-from bench import gpu_check, kernels, loss, machine, rollout
+from bench import gpu_check, kernels, loss, machine, overlap, rewards, rollout
 from engine.config import nearest, parse_args
 from engine.errors import UserError, run_command
 
@@ -20,6 +20,8 @@ SUITES: dict[str, ModuleType] = {
     "rollout": rollout,
     "loss": loss,
     "kernels": kernels,
+    "rewards": rewards,
+    "overlap": overlap,
     "gpu_check": gpu_check,
 }
 

@@ -17,6 +17,7 @@ import json
 import resource
 import sys
 import time
+import traceback
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,18 +29,21 @@ from engine.checkpoint import atomic_write_text, latest_checkpoint
 from engine.config import TrainConfig, parse_args, to_yaml
 from engine.conversation import Conversation
 from engine.data import PromptSampler, Row, load_prompts, load_template
-from engine.errors import run_command
-from engine.evaluate import build_ensemble, evaluate, judge_scores
+from engine.errors import UserError, run_command
+from engine.evaluate import evaluate, judge_scores
+from engine.experts import build_ensemble, reward_paths
 from engine.generate import Generation, generate
 from engine.learner import Learner
 from engine.monitor import RunLogger
 from engine.objective import group_advantages, token_weights
 from engine.pictures import save_grid
-from engine.policy import load_policy
+from engine.plan import describe, require_memory
+from engine.policy import load_policy, save_policy
 from engine.report import write_report
 from engine.run_folder import open_run, stop_on_signal
-from engine.weights import folder_of, guidance_scale, write_policy
-from rewards import RewardPipeline, Scores
+from engine.weights import folder_of, guidance_scale
+from engine.weights_save import require_replaceable
+from rewards import RewardError, RewardPipeline, Scores
 
 
 class Trainer:
@@ -66,19 +70,15 @@ class Trainer:
                 max_plan=config.max_completion_length,
             )
         self.learner = Learner(self.policy, config)
+        self.reward_device = torch.device(config.reward_device or self.policy.device)
+        if config.reward_offload and self.reward_device.type == "cpu":
+            raise UserError("--reward_offload: the experts are on the CPU already")
         self.ensemble = build_ensemble(
             config.reward_funcs,
-            device=self.policy.device,
-            hps_ckpt_path=config.hps_ckpt_path,
-            other_paths={
-                name: getattr(config, name)
-                for name in (
-                    "git_ckpt_path",
-                    "gdino_ckpt_path",
-                    "gdino_config_path",
-                    "orm_ckpt_path",
-                )
-            },
+            model=config.model,
+            device=self.reward_device,
+            dtype=config.reward_dtype,
+            paths=reward_paths(config),
             weights=config.reward_weights or None,
             on_error=config.on_reward_error,
         )
@@ -95,6 +95,7 @@ class Trainer:
         prompts = [row["prompt"] for row in batch]
         first_sample = (step - 1) * config.images_per_step
 
+        pipeline.prepare(prompts, batch)  # tokenised while the pictures are drawn
         with nvtx.annotate("rollout"):
             made = self._generate(prompts, first_sample)  # plans (B, T), images (B, N), pixels
         rolled = time.perf_counter()
@@ -155,7 +156,9 @@ class Stopped(Exception):
     reason: str
 
 
-def _evaluate(trainer: Trainer, when: str, logger: RunLogger, stop: list[str]) -> dict[str, Any]:
+def _evaluate(
+    trainer: Trainer, when: str, pipeline: RewardPipeline, logger: RunLogger, stop: list[str]
+) -> dict[str, Any]:
     """Evaluate before or after training, once a run; the result is kept in eval/."""
     config = trainer.config
     path = config.run_dir / "eval" / f"{when}.json"
@@ -175,7 +178,7 @@ def _evaluate(trainer: Trainer, when: str, logger: RunLogger, stop: list[str]) -
         max_completion_length=config.max_completion_length,
         cfg_weight=config.cfg_weight,
         temperature=config.temperature,
-        ensemble=trainer.ensemble,
+        ensemble=pipeline,
         pictures=path.with_suffix(""),
         progress=progress,
     )
@@ -215,6 +218,8 @@ def train(config: TrainConfig) -> None:
         # Spread over the file: its task types come one after the other.
         count = min(config.eval_prompts, len(eval_rows))
         eval_rows = [eval_rows[i * len(eval_rows) // count] for i in range(count)]
+    require_memory(config)
+    require_replaceable(config.run_dir / "policy")  # now rather than when the run is over
     trainer = Trainer(config, rows, eval_rows)
     done = 0
     found = latest_checkpoint(config.run_dir) if config.resume else None
@@ -226,12 +231,17 @@ def train(config: TrainConfig) -> None:
     try:
         with (
             stop_on_signal() as stop,
-            RewardPipeline(trainer.ensemble, trainer.policy.device) as pipeline,
+            RewardPipeline(
+                trainer.ensemble,
+                trainer.reward_device,
+                timeout=config.reward_timeout or None,
+                offload=config.reward_offload,
+            ) as pipeline,
         ):
             if config.resume:
                 logger.truncate_after(done)
             if config.eval_generations:
-                summary["eval"]["before"] = _evaluate(trainer, "before", logger, stop)
+                summary["eval"]["before"] = _evaluate(trainer, "before", pipeline, logger, stop)
             for step in range(done + 1, config.max_steps + 1):
                 metrics, made, scores = trainer.step(step, pipeline)
                 done = step
@@ -246,17 +256,25 @@ def train(config: TrainConfig) -> None:
                 if stop and step < config.max_steps:
                     raise Stopped(stop[0])
             if config.eval_generations:
-                summary["eval"]["after"] = _evaluate(trainer, "after", logger, stop)
+                summary["eval"]["after"] = _evaluate(trainer, "after", pipeline, logger, stop)
     except Stopped as stopped:
         saved = f"saved at step {done}; " if done else ""
         logger.say(f"{stopped.reason}: {saved}continue with --resume")
         return
+    except RewardError as error:
+        # Rewards are awaited before anything of a step is changed: this is the step before.
+        if done:
+            trainer.learner.save(done)
+        log = config.run_dir / "reward_error.txt"
+        atomic_write_text(log, "".join(traceback.format_exception(error)))
+        saved = f"; saved at step {done}, continue with --resume" if done else ""
+        raise UserError(f"after step {done}: {error} (details in {log}){saved}") from error
     finally:
         logger.close()
     seconds = earlier + time.monotonic() - started
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     summary |= {"seconds": seconds, "peak_memory_mib": peak, "torch": torch.__version__}
-    write_policy(trainer.policy, config.run_dir / "policy", companions=folder_of(config.model))
+    save_policy(trainer.policy, config.run_dir / "policy")
     atomic_write_text(config.run_dir / "summary.json", json.dumps(summary, indent=2) + "\n")
     report = write_report(config.run_dir)
     _print_result(summary, report)
@@ -273,8 +291,12 @@ def _print_result(summary: dict[str, Any], report: Path) -> None:
 
 
 def main(argv: list[str]) -> None:
-    """Parse the command line and train."""
-    train(parse_args(TrainConfig, argv, description="Train a policy with BiCoT-GRPO."))
+    """Parse the command line and train, or print the plan."""
+    config = parse_args(TrainConfig, argv, description="Train a policy with BiCoT-GRPO.")
+    if config.plan:
+        print(describe(config))
+    else:
+        train(config)
 
 
 if __name__ == "__main__":

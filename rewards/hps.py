@@ -1,8 +1,8 @@
 """Human preference score (HPSv2): the cosine of a tuned CLIP's image and text features."""
 
 import json
-import pickle
 from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -33,29 +33,44 @@ class HPS:
         checkpoint: Path | str,
         *,
         device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
         model_name: str = "ViT-H-14",
+        batch_size: int = 64,
     ) -> None:
         """
         Args:
             checkpoint: `HPS_v2.1_compressed.pt` or another file holding {"state_dict": ...}, or
                 a folder with open_clip_config.json, open_clip_model.safetensors, tokenizer.json.
             device: where it runs.
+            dtype: of the matrix products, bf16 and fp16 through autocast, as T2I-R1 runs it;
+                weights and scores stay fp32.
             model_name: open_clip's name for the architecture of a file; a folder names its own.
+            batch_size: pictures in one forward; bounds the memory.
         Raises: ValueError naming the file that is missing, unreadable or of another shape.
         """
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         path = Path(checkpoint)
         if path.is_dir():
             model, tokenize, preprocess = _load_folder(path)
         else:
             model, tokenize, preprocess = _load_file(path, model_name)
         self._model = model.to(device).eval().requires_grad_(False)
-        self._tokenize = tokenize
+        # Prompts come back every epoch, and each of them in every picture of its group.
+        self._encode = lru_cache(maxsize=65536)(lambda prompt: tokenize([prompt])[0])
         self._device = torch.device(device)
+        self._dtype = dtype
+        self._batch_size = batch_size
         size = model.visual.image_size
         self._image_size = size if isinstance(size, int) else size[0]
         mean, std = preprocess["mean"], preprocess["std"]
         self._mean = torch.tensor(mean, device=device).view(1, 3, 1, 1)
         self._std = torch.tensor(std, device=device).view(1, 3, 1, 1)
+
+    def prepare(self, prompts: list[str], metadata: list[dict[str, Any]]) -> None:
+        """Tokenise ahead, while the pictures are still being drawn; `score` finds it done."""
+        for prompt in prompts:
+            self._encode(prompt)
 
     @torch.inference_mode()
     def score(self, prompts: list[str], images: Tensor, metadata: list[dict[str, Any]]) -> Tensor:
@@ -67,11 +82,15 @@ class HPS:
         """
         distinct = list(dict.fromkeys(prompts))
         row = {prompt: i for i, prompt in enumerate(distinct)}
-        tokens = self._tokenize(distinct).to(self._device)
-        text = self._model.encode_text(tokens, normalize=True).float()  # (distinct, D)
-        pixels = self.preprocess(images.to(self._device))
-        image = self._model.encode_image(pixels, normalize=True).float()  # (B, D)
+        tokens = torch.stack([self._encode(prompt) for prompt in distinct]).to(self._device)
         index = torch.tensor([row[p] for p in prompts], device=self._device)
+        with torch.autocast(self._device.type, self._dtype, enabled=self._dtype != torch.float32):
+            text = F.normalize(self._model.encode_text(tokens).float(), dim=-1)  # (distinct, D)
+            parts = [
+                self._model.encode_image(self.preprocess(part.to(self._device)))
+                for part in images.split(self._batch_size)
+            ]
+        image = F.normalize(torch.cat(parts).float(), dim=-1)  # (B, D)
         return (image * text[index]).sum(-1).to(images.device)
 
     def preprocess(self, images: Tensor) -> Tensor:
@@ -107,10 +126,11 @@ def _load_file(path: Path, model_name: str) -> Loaded:
         raise ValueError(f"open_clip knows no model {model_name!r}")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+    # A damaged pickle can raise anything.
+    except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"{path}: not a weights file ({reason})") from error
-    if not isinstance(content, dict) or "state_dict" not in content:
+    if not isinstance(content, dict) or not isinstance(content.get("state_dict"), dict):
         raise ValueError(f"{path}: holds no 'state_dict'")
     model = _build(config)
     _fill(model, content["state_dict"], path)
@@ -147,6 +167,9 @@ def _build(config: dict[str, Any]) -> CLIP | CustomTextCLIP:
 
 def _fill(model: torch.nn.Module, state: dict[str, Tensor], path: Path) -> None:
     wanted = {key: tuple(value.shape) for key, value in model.state_dict().items()}
+    for key, value in state.items():
+        if not isinstance(value, Tensor) or not value.is_floating_point():
+            raise ValueError(f"{path}: {key!r} is no weight but {type(value).__name__}")
     given = {key: tuple(value.shape) for key, value in state.items()}
     for key in wanted.keys() | given.keys():
         if wanted.get(key) != given.get(key):

@@ -186,7 +186,7 @@ def test_checkpoint_of_another_shape_is_refused(tmp_path):
     tensors = load_file(file)
     tensors["lm_head.weight"] = tensors["lm_head.weight"][:-1].clone()
     save_file(tensors, file)
-    with pytest.raises(UserError, match=r"model\.safetensors: lm_head\.weight: wanted shape"):
+    with pytest.raises(UserError, match=r"model\.safetensors: 'lm_head\.weight': wanted shape"):
         load_policy(str(tmp_path / "run" / "policy"))
 
 

@@ -16,19 +16,17 @@ from engine.errors import UserError
 from engine.tiny.scene_reader import MAX_OBJECTS, Reading, SceneReader
 from engine.tiny.world import COLORS, IMAGE_SIZE, SHAPES, SIZES, TEXTURES
 from rewards import HPS, RewardExpert
-from rewards.detection import LOCALITIES, Detections, asked_names, detection_score
+from rewards.detection import LOCALITIES, Detections, asked_names, detection_scores, questions_of
 
 EXPERT_NAMES = ("hps", "gdino", "git", "orm")
-WORDS = {
-    word: (kind, i)
-    for kind, words in (
-        ("shape", SHAPES),
-        ("color", tuple(COLORS)),
-        ("texture", TEXTURES),
-        ("size", tuple(SIZES)),
-    )
-    for i, word in enumerate(words)
+VOCABULARY = {
+    "shape": SHAPES,
+    "color": tuple(COLORS),
+    "texture": TEXTURES,
+    "size": tuple(SIZES),
 }
+WORDS = {word: (kind, i) for kind, words in VOCABULARY.items() for i, word in enumerate(words)}
+ANY, UNSURE, NEVER = -1, -2, -3  # beside a word's index: not asked, not told, not to be had
 Row = dict[str, Any]
 
 
@@ -53,30 +51,36 @@ class Detector:
 
     def score(self, prompts: list[str], images: Tensor, metadata: list[Row]) -> Tensor:
         """(B,) fp32 in [0, 1]; see `rewards.RewardExpert`."""
-        reading = self._reader.read(images)
-        scores = [
-            detection_score(row, found, image_size=(IMAGE_SIZE, IMAGE_SIZE))
-            for row, found in zip(metadata, self.detect(reading), strict=True)
-        ]
-        return torch.tensor(scores, device=images.device)
+        questions = questions_of(metadata).to(images.device)
+        found = self.detect(self._reader.read(images), questions.names)
+        return detection_scores(questions, found, image_size=(IMAGE_SIZE, IMAGE_SIZE))
 
-    def detect(self, reading: Reading) -> list[Detections]:
-        """What stands out as an object, labelled with its surest words."""
-        present, boxes = reading.present.cpu(), reading.boxes.cpu()
-        kinds = ("size", "texture", "color", "shape")
-        words = (tuple(SIZES), TEXTURES, tuple(COLORS), SHAPES)
-        surest = [getattr(reading, kind).max(-1) for kind in kinds]
-        sure = [values.tolist() for values, _ in surest]
-        index = [indices.tolist() for _, indices in surest]
-        found = []
-        for b in range(len(present)):
-            kept = [s for s in range(MAX_OBJECTS) if present[b, s] > 0.5]
-            labels = [
-                " ".join(w[index[k][b][s]] for k, w in enumerate(words) if sure[k][b][s] > 0.4)
-                for s in kept
-            ]
-            found.append(Detections(boxes[b, kept], labels, present[b, kept]))
-        return found
+    def detect(self, reading: Reading, names: list[list[str]]) -> Detections:
+        """What stands out as an object and has all of a name's words among its surest ones.
+
+        Args: names: what to look for in each of the B pictures.
+        """
+        surest = [getattr(reading, kind).max(-1) for kind in VOCABULARY]
+        seen = torch.stack([i.where(sure > 0.4, UNSURE) for sure, i in surest], -1)  # (B, S, 4)
+        wanted = _word_indices(names).to(seen.device)[:, :, None]  # (B, P, 1, 4)
+        named = ((wanted == ANY) | (wanted == seen[:, None])).all(-1)
+        present = reading.present * (reading.present > 0.5)
+        return Detections(reading.boxes, present[:, None] * named)
+
+
+def _word_indices(names: list[list[str]]) -> Tensor:
+    """(B, P, 4) for each kind of word the index that a name asks for, ANY or NEVER."""
+    kinds = list(VOCABULARY)
+    indices = torch.full((len(names), max(map(len, names)), len(kinds)), NEVER)
+    for b, row in enumerate(names):
+        for p, name in enumerate(row):
+            asked = [ANY] * len(kinds)
+            for word in name.split():
+                kind, i = WORDS.get(word, (kinds[0], NEVER))
+                k = kinds.index(kind)
+                asked[k] = i if asked[k] in (ANY, i) else NEVER  # nothing is two colours
+            indices[b, p] = torch.tensor(asked)
+    return indices
 
 
 class AttributeVQA:

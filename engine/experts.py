@@ -1,0 +1,153 @@
+"""The reward experts that the flags name: real ones, the tiny world's, a user's own."""
+
+import importlib
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from engine.config import EXPERTS
+from engine.errors import UserError
+from engine.tiny.experts import EXPERT_NAMES as TINY_EXPERTS
+from engine.tiny.experts import build_experts
+from engine.tiny.world import IMAGE_SIZE
+from engine.weights import folder_of, read_config
+from rewards import Ensemble, RewardExpert
+
+TINY_WEIGHTS = Path(__file__).parent / "tiny" / "weights"
+# Flags that hold the experts' files, by the names of the settings' fields.
+PATH_FLAGS = (
+    "hps_ckpt_path", "gdino_ckpt_path", "gdino_config_path", "owl_ckpt_path",
+    "git_ckpt_path", "blip_ckpt_path", "orm_ckpt_path",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Where an expert's class is, and what its weights' flag is called."""
+
+    module: str
+    cls: str
+    flag: str
+    config_flag: str | None = None
+
+
+SOURCES = {
+    "hps": Source("rewards.hps", "HPS", "hps_ckpt_path"),
+    "gdino": Source("rewards.gdino", "GroundingDino", "gdino_ckpt_path", "gdino_config_path"),
+    "owl": Source("rewards.owl", "Owl", "owl_ckpt_path"),
+    "git": Source("rewards.git", "GitVQA", "git_ckpt_path"),
+    "blip": Source("rewards.blip", "BlipVQA", "blip_ckpt_path"),
+    "orm": Source("rewards.orm", "ORM", "orm_ckpt_path"),
+}
+assert tuple(SOURCES) == EXPERTS
+
+
+def reward_paths(config: Any) -> dict[str, str | None]:
+    """The files that a settings object names: flag -> path."""
+    return {flag: getattr(config, flag) for flag in PATH_FLAGS}
+
+
+def draws_tiny_world(model: str) -> bool:
+    """Whether the model's pictures are of the tiny world's size, which its experts can read.
+
+    Args: model: a checkpoint folder, hub id or "tiny".
+    """
+    config = read_config(folder_of(model))
+    grid = config.vision_config.image_size // config.vision_config.patch_size
+    return grid * 2 ** (len(config.vq_config.channel_multiplier) - 1) == IMAGE_SIZE
+
+
+def build_ensemble(
+    names: list[str],
+    *,
+    model: str,
+    device: torch.device | str,
+    dtype: str | None = None,
+    paths: Mapping[str, str | None] | None = None,
+    weights: list[float] | None = None,
+    on_error: Literal["raise", "skip"] = "raise",
+) -> Ensemble:
+    """The experts called `names`, in that order.
+
+    An expert whose flag is given is the real one. Without the flag it is the tiny world's, if
+    the model draws that world.
+
+    Args:
+        names: of `SOURCES`, or "package.module:Class" for a class of the user's own.
+        model: whose pictures are scored.
+        device: the experts'.
+        dtype: of the real experts, "float32", "bfloat16" or "float16"; None: each one's default.
+        paths: `reward_paths`; an absent flag counts as not given.
+        weights: one for each name.
+    Raises: UserError naming the flag, and the file where one is at fault.
+    """
+    given = {flag: path for flag, path in (paths or {}).items() if path is not None}
+    real = [n for n in names if n in SOURCES and SOURCES[n].flag in given]
+    tiny = [name for name in names if name in SOURCES and name not in real]
+    for name in tiny:
+        if name not in TINY_EXPERTS or not draws_tiny_world(model):
+            raise UserError(f"--{SOURCES[name].flag}: the expert {name!r} needs it{_why(name)}")
+    built = dict(zip(tiny, build_experts(tiny, TINY_WEIGHTS, device), strict=True))
+    options: dict[str, Any] = {"device": device}
+    if dtype is not None:
+        options["dtype"] = getattr(torch, dtype)
+    for name in names:
+        if name in real:
+            built[name] = _load(name, given, options)
+        elif name not in tiny:
+            built[name] = load_own(name, device)
+    experts = [built[name] for name in names]
+    by_name = None
+    if weights:
+        by_name = {e.name: weight for e, weight in zip(experts, weights, strict=True)}
+    try:
+        return Ensemble(experts, by_name, on_error)
+    except ValueError as error:
+        raise UserError(f"--reward_funcs: {error}") from error
+
+
+def _why(name: str) -> str:
+    if name in TINY_EXPERTS:
+        return "; only pictures of the tiny world can be scored without it"
+    return "; the tiny world has no expert of that name"
+
+
+def _load(name: str, given: Mapping[str, str], options: dict[str, Any]) -> RewardExpert:
+    """A real expert from its files."""
+    source = SOURCES[name]
+    if source.config_flag in given:
+        options = {**options, "config": given[source.config_flag]}
+    cls = getattr(importlib.import_module(source.module), source.cls)
+    try:
+        return cls(given[source.flag], **options)
+    except ValueError as error:
+        raise UserError(f"--{source.flag}: {error}") from error
+
+
+def load_own(spec: str, device: torch.device | str) -> RewardExpert:
+    """An expert of the user's own, made by its class with nothing but `device`.
+
+    Args: spec: "package.module:Class", importable from where the command is started.
+    Raises: UserError naming the flag and what is wrong with the class.
+    """
+    where = f"--reward_funcs {spec}"
+    module, _, name = spec.partition(":")
+    try:
+        cls = getattr(importlib.import_module(module), name)
+        expert = cls(device=device)
+    # A module and a class of the user's can raise anything.
+    except Exception as error:
+        raise UserError(f"{where}: {type(error).__name__}: {_first_line(error)}") from error
+    if not re.fullmatch(r"[\w.-]+", str(getattr(expert, "name", ""))):
+        raise UserError(f"{where}: wanted an attribute 'name' of letters, digits, _, - and .")
+    if not callable(getattr(expert, "score", None)):
+        raise UserError(f"{where}: wanted a method score(prompts, images, metadata)")
+    return expert
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0]
