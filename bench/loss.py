@@ -15,6 +15,7 @@ A time ratio is the median over rounds of the ratio within the round.
 
 # ruff: noqa: RUF009  `option` makes a dataclasses.field, which ruff cannot know
 
+import math
 import statistics
 import sys
 import tempfile
@@ -214,7 +215,9 @@ def rows_of(findings: list[Finding], size: Size, dtype: str) -> list[dict]:
                 row["correct"] = False
             continue
         row["correct"] = correct(finding, tolerance)
-        row |= {"grad_error": finding.grad_error, "loss_error": finding.loss_error}
+        for name in ("grad_error", "loss_error"):
+            error = getattr(finding, name)
+            row[name] = error if math.isfinite(error) else str(error)  # JSON has no such numbers
         if not row["correct"]:
             continue
         median = statistics.median(finding.seconds)

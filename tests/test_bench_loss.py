@@ -10,11 +10,20 @@ from pathlib import Path
 import loss_probe
 import pytest
 import torch
+from torch import Tensor
 
 from bench import loss as suite
 from bench.__main__ import main
 from bench.loss import Config, Finding, Size
-from bench.loss_problem import BETA, CFG_WEIGHT, CLIP, load_problem, make_problem, solve
+from bench.loss_problem import (
+    BETA,
+    CFG_WEIGHT,
+    CLIP,
+    Problem,
+    load_problem,
+    make_problem,
+    solve,
+)
 from bench.loss_providers import PROVIDERS, Provider, logits
 from bench.loss_worker import first_step, peak_bytes
 from engine.errors import UserError
@@ -179,6 +188,35 @@ def test_gradient_of_the_first_rows_alone_is_compared():
     other = solve(problem, 512)
     problem.ref_logprobs[511] -= 1
     assert first_step(logits, problem, other)["grad_error"] > 1e-3
+
+
+class Spoil(torch.autograd.Function):
+    """The weight as it is, with a gradient of NaN."""
+
+    @staticmethod
+    def forward(ctx, weight):
+        return weight.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return torch.full_like(gradient, math.nan)
+
+
+@pytest.mark.parametrize(
+    "change, error", [(Tensor.detach, "inf"), (Spoil.apply, "nan")], ids=["none", "nan"]
+)
+def test_gradient_that_is_no_number_is_wrong(change, error):
+    def bad(problem):
+        leaves = {f.name: getattr(problem, f.name) for f in dataclasses.fields(problem)}
+        return logits(Problem(**leaves | {"weight": change(problem.weight)}))
+
+    problem = problem_of()
+    found = Finding(
+        provider="logits", seconds=[1.0], **first_step(bad, problem, solve(problem, 40))
+    )
+    (row,) = suite.rows_of([found], Size(40, 64, 8), "float32")
+    assert row["correct"] is False and row["grad_error"] == error
+    assert json.loads(json.dumps(row, allow_nan=False)) == row
 
 
 def finding(name, mib, *seconds, error=1e-7):
