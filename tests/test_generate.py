@@ -173,7 +173,9 @@ def test_a_killed_run_goes_on_to_the_same_files(prompts, tmp_path, capsys):
         return ["--prompts", prompts, *given]
 
     command = [sys.executable, "-m", "engine.generate", *flags("killed")]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    # Other tests may have changed this process' threads, and the rounding depends on them.
+    env = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=env)
     manifest = tmp_path / "killed" / "manifest.jsonl"
     deadline = time.monotonic() + 120
     while not manifest.exists() or manifest.read_text().count("\n") < 4:
