@@ -10,7 +10,7 @@ from types import ModuleType
 
 import torch
 
-from bench import gpu_check, kernels, loss, machine, overlap, rewards, rollout
+from bench import generate, gpu_check, kernels, loss, machine, overlap, rewards, rollout
 from engine.config import nearest, parse_args
 from engine.errors import UserError, run_command
 
@@ -22,6 +22,7 @@ SUITES: dict[str, ModuleType] = {
     "kernels": kernels,
     "rewards": rewards,
     "overlap": overlap,
+    "generate": generate,
     "gpu_check": gpu_check,
 }
 

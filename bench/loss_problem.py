@@ -93,14 +93,14 @@ class Solution:
 
 
 def load_problem(path: Path, device: torch.device) -> Problem:
-    tensors = torch.load(path)
+    tensors = torch.load(path, weights_only=True)
     on = {k: None if t is None else t.to(device) for k, t in tensors.items()}
     return Problem(**on).ask_gradients()
 
 
 def load_solution(path: Path) -> Solution:
     """With gradients that are mapped from the file, not in memory."""
-    return Solution(**torch.load(path, mmap=True))
+    return Solution(**torch.load(path, mmap=True, weights_only=True))
 
 
 def make_problem(

@@ -127,8 +127,11 @@ def _read_tokenizer(folder: Path, config: JanusConfig) -> PreTrainedTokenizerBas
         tokenizer.decode(
             tokenizer.encode("a", add_special_tokens=False)
         )  # some faults wait for use
-    # Damaged tokenizer files raise whatever their parser does, the bare Exception included.
-    except Exception as error:
+    except KeyboardInterrupt:
+        raise
+    # Damaged tokenizer files raise whatever their parser does: the bare Exception, and where the
+    # parser itself fails, Rust's panic, which is none.
+    except BaseException as error:
         raise UserError(f"{folder}: no usable tokenizer: {one_line(error)}") from None
     if _token_id(tokenizer, PAD) is not None:
         tokenizer.pad_token = PAD

@@ -291,7 +291,13 @@ def test_a_tokenizer_that_lacks_what_janus_needs_is_named(folder):
     for damaged in ("{", "[]", "", text[:-40]):
         file.write_text(damaged)
         refused(folder, "tokenizer")
+    values = json.loads(text)
+    values["model"]["continuing_subword_prefix"] = "x" * 5000
+    file.write_text(json.dumps(values))  # at which tokenizers panics, with no Exception
+    refused(folder, "tokenizer")
     file.write_text(text)
+    settings.write_text(own.replace('"model_max_length": 64', '"model_max_length": "64"'))
+    refused(folder, "tokenizer")  # which would show at the first text
     settings.write_text(re.sub(r'"bos_token": "[^"]*",', "", own))
     refused(folder, "tokenizer_config.json", "bos_token")
     settings.write_text(own)
