@@ -34,7 +34,8 @@ setup(
         "tqdm",
     ],
     extras_require={
-        "test": ["pytest"],
+        "test": ["pytest", "pyarrow"],
+        "parquet": ["pyarrow"],
         "deepspeed": ["deepspeed"],
         # A source build on a GPU machine: pip install --no-build-isolation ".[flash]"
         "flash": ["flash-attn"],

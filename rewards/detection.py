@@ -3,6 +3,11 @@
 Spatial prompts: 0.6 * relation + 0.4 * existence. Counting prompts: 1 if every count is
 right, else 0. All others: the share of the asked objects that exist.
 
+Departures from T2I-R1's code: "above" and "on top of" can score; "near" measures pixels, not
+shares of the picture against 150; suppression sees corners, not centres; a wrong count earns 0,
+not 0.2; a row with `spatial_info` is judged by it whatever its task type; the existence of all
+its nouns counts, not of the relation's two alone.
+
 What the rows ask is turned into tensors on the host, ahead of the pictures; from boxes to
 rewards everything then is tensor code on the detector's device.
 """
