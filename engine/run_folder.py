@@ -17,6 +17,7 @@ from engine.errors import UserError
 FREE = {
     "resume", "output_dir", "run_name", "threads", "logging_steps", "sample_steps", "save_steps",
     "save_total_limit", "eval_prompts", "eval_generations", "eval_dataset_name", "max_steps",
+    "on_reward_error", "reward_timeout", "reward_device", "reward_offload",
 }  # fmt: skip
 
 
