@@ -106,8 +106,6 @@ def in_transformers(policy: Policy) -> JanusForConditionalGeneration:
         eos_token_id=policy.eos,
         pad_token_id=policy.pad,
         guidance_scale=CFG_WEIGHT,
-        do_sample=True,
-        top_k=0,  # else transformers keeps the 50 likeliest, one pass over the logits more
         generation_kwargs={"boi_token_id": policy.image_start},
     )
     return model
@@ -134,12 +132,15 @@ def transformers_tokens(
 ) -> Tensor:
     """(B, N) image tokens."""
     ids = torch.stack(prompts)
+    # Else transformers would draw from the 50 likeliest, with one more pass over the logits.
+    whole = {"top_k": 0} if do_sample else {}
     return model.generate(
         input_ids=ids,
         # Without a mask of its own, transformers' image mode fails.
         attention_mask=torch.ones_like(ids),
         generation_mode="image",
         do_sample=do_sample,
+        **whole,
     )
 
 
