@@ -1,8 +1,8 @@
 """The command that scores a policy: intervals over prompts, and two models compared."""
 
 import json
+import runpy
 import statistics
-import subprocess
 import sys
 
 import numpy as np
@@ -10,7 +10,7 @@ import pytest
 
 from engine import evaluate_command
 from engine.errors import UserError, run_command
-from engine.evaluate_command import EvaluateConfig, main, score_table
+from engine.evaluate_command import main, score_table
 from engine.prompt_files import load_prompts
 from engine.tiny.prompts import write_rows
 from engine.weights import TINY
@@ -151,9 +151,10 @@ def test_the_other_model_is_looked_at_before_the_first_is_scored(prompts, tmp_pa
         main(["--prompts", prompts, "--compare", str(tmp_path / "none")])
 
 
-def test_flags_are_those_of_the_module(tmp_path):
-    answer = subprocess.run(
-        [sys.executable, "-m", "engine.evaluate", "--help"], capture_output=True, text=True
-    )
-    assert answer.returncode == 0 and "--compare" in answer.stdout, answer.stderr
-    assert EvaluateConfig().num_generations == 2
+@pytest.mark.parametrize("module, flag", [("evaluate", "--compare"), ("generate", "--layout")])
+def test_the_modules_themselves_are_the_commands(module, flag, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [module, "--help"])
+    monkeypatch.delitem(sys.modules, f"engine.{module}")  # else runpy warns of a second copy
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_module(f"engine.{module}", run_name="__main__")
+    assert stopped.value.code == 0 and flag in capsys.readouterr().out

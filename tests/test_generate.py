@@ -177,7 +177,7 @@ def test_a_killed_run_goes_on_to_the_same_files(prompts, tmp_path, capsys):
     env = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=env)
     manifest = tmp_path / "killed" / "manifest.jsonl"
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 240
     while not manifest.exists() or manifest.read_text().count("\n") < 4:
         assert process.poll() is None, process.stderr.read()
         assert time.monotonic() < deadline
