@@ -11,8 +11,8 @@ from types import ModuleType
 import torch
 
 from bench import generate, gpu_check, kernels, loss, machine, overlap, rewards, rollout
-from engine.config import nearest, parse_args
 from engine.errors import UserError, run_command
+from engine.options import nearest, parse_args
 
 # A suite is a module with a settings class `Config` (which has json and threads) and
 # run(config) -> {"rows": [...], "ratios": {...}, "correct": bool}.

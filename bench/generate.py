@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import GenerationConfig, JanusForConditionalGeneration
 
 from bench.rollout import CFG_WEIGHT, TIE, distinct_prompts, mini_policy
-from engine.config import check_fields, option
+from engine.options import check_fields, option
 from engine.policy import Policy
 from engine.rollout import sample_images
 

@@ -32,8 +32,8 @@ import torch
 
 from bench import machine
 from bench.gpu.models import Item
-from engine.config import check_fields, option
 from engine.errors import UserError
+from engine.options import check_fields, option
 
 RESULTS = Path(__file__).parent / "results"
 # Shares of the time; what a part leaves over goes to those after it.

@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Literal
 import torch
 
 from bench.launches import launches_per_step
-from engine.config import check_fields, nearest, option
 from engine.errors import UserError
+from engine.options import check_fields, nearest, option
 from engine.policy import load_policy
 
 if TYPE_CHECKING:

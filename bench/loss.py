@@ -32,8 +32,8 @@ import torch
 from bench.loss_problem import SEQUENCE, make_problem, solve
 from bench.loss_providers import PROVIDERS
 from bench.loss_worker import Worker, WorkerFailed
-from engine.config import check_fields, nearest, option
 from engine.errors import UserError
+from engine.options import check_fields, nearest, option
 
 MIB, GIB = 1 << 20, 1 << 30
 # Errors allowed, relative to the largest gradient and to the mean token loss. Peers round logits,

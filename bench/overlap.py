@@ -20,11 +20,12 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from engine.config import TrainConfig, check_fields, option
+from engine.config import TrainConfig
 from engine.data import load_prompts
 from engine.errors import UserError
 from engine.generate import Generation
 from engine.objective import Experience
+from engine.options import check_fields, option
 from engine.train import Trainer
 from rewards import RewardPipeline, Scores
 from rewards.pipeline import Span

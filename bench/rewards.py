@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench import reward_models
-from engine.config import check_fields, option
+from engine.options import check_fields, option
 from rewards import RewardExpert
 
 EXPERTS = ("hps", "gdino", "git", "blip", "orm")

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import JanusConfig, JanusVisionConfig, JanusVQVAEConfig, LlamaConfig
 
 from bench.eager_loop import PUBLISHED_ROWS, EagerLoop
-from engine.config import check_fields, option
+from engine.options import check_fields, option
 from engine.policy import Policy, load_policy
 from engine.rollout import sample_images
 

@@ -10,8 +10,8 @@ from typing import Literal
 
 import torch
 
-from engine.config import check_fields, option, parse_args
 from engine.errors import run_command
+from engine.options import check_fields, option, parse_args
 from engine.policy import load_policy, save_policy
 from engine.weights_save import require_replaceable
 

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engine.kv_cache import KVCache
-from engine.policy import Policy, RMSNorm
+from engine.layers import RMSNorm
+from engine.policy import Policy
 from engine.rope import rope_tables
 
 FEW_ROWS = 48

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from engine.checkpoint import atomic_write_text
-from engine.config import EXPERTS, check_fields, check_reward_funcs, option, parse_args
+from engine.config import EXPERTS, check_reward_funcs
 from engine.conversation import Conversation
 from engine.data import PromptTemplate, Row, load_prompts, load_template
 from engine.errors import UserError
@@ -28,6 +28,7 @@ from engine.experts import build_ensemble, reward_paths
 from engine.fingerprint import checkpoint_fingerprint
 from engine.generate import longest_plan
 from engine.intervals import intervals
+from engine.options import check_fields, option, parse_args
 from engine.policy import load_policy
 from engine.progress import Progress
 from engine.weights import folder_of, guidance_scale

@@ -27,12 +27,12 @@ import torch
 
 from engine.benchmark_layouts import layout_files
 from engine.checkpoint import atomic_write_text
-from engine.config import check_fields, option, parse_args
 from engine.conversation import Conversation
 from engine.data import PromptTemplate, Row, load_prompts, load_template
 from engine.errors import UserError
 from engine.fingerprint import checkpoint_fingerprint
 from engine.generate import Generation, generate, longest_plan
+from engine.options import check_fields, option, parse_args
 from engine.picture_folder import PictureFolder
 from engine.pictures import save_grid
 from engine.policy import load_policy

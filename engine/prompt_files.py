@@ -14,8 +14,8 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from engine.config import nearest
 from engine.errors import UserError
+from engine.options import nearest
 
 Row = dict[str, Any]
 Located = tuple[str, Any]  # where a row stands, for errors; the row, unchecked

@@ -26,7 +26,7 @@ import nvtx
 import torch
 
 from engine.checkpoint import atomic_write_text, latest_checkpoint
-from engine.config import TrainConfig, parse_args, to_yaml
+from engine.config import TrainConfig
 from engine.conversation import Conversation
 from engine.data import PromptSampler, Row, load_prompts, load_template
 from engine.errors import UserError, run_command
@@ -36,6 +36,7 @@ from engine.generate import Generation, generate
 from engine.learner import Learner
 from engine.monitor import RunLogger
 from engine.objective import group_advantages, token_weights
+from engine.options import parse_args, to_yaml
 from engine.pictures import save_grid
 from engine.plan import describe, require_memory
 from engine.policy import load_policy, save_policy

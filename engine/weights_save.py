@@ -17,7 +17,6 @@ from torch import Tensor
 
 from engine.errors import UserError
 from engine.policy import Policy
-from engine.weights_config import original_values
 from engine.weights_files import Entry, Reader, read_json
 from engine.weights_layout import (
     LAYOUTS,
@@ -27,6 +26,7 @@ from engine.weights_layout import (
     is_original_only,
     renamed,
 )
+from engine.weights_original import original_values
 
 MAX_SHARD_BYTES = 5_000_000_000
 MANIFEST = "saved_policy.json"

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from engine.config import TrainConfig, check_fields, option, parse_args, to_yaml
+from engine.config import TrainConfig
 from engine.errors import UserError
+from engine.options import check_fields, option, parse_args, to_yaml
 
 
 def parse(*argv: str) -> TrainConfig:

@@ -11,9 +11,10 @@ from conftest import small_config
 
 import engine.experts
 from engine.checkpoint import latest_checkpoint, load_checkpoint
-from engine.config import EXPERTS, TrainConfig, parse_args
+from engine.config import EXPERTS, TrainConfig
 from engine.errors import UserError
 from engine.experts import SOURCES, build_ensemble, draws_tiny_world
+from engine.options import parse_args
 from engine.train import train
 from rewards import HPS
 

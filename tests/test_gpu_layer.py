@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from triton.runtime import interpreter as triton_interpreter
 
-from engine.policy import RMSNorm
+from engine.layers import RMSNorm
 from kernels import reference_layer, rms_norm, swiglu
 from kernels.gpu import rms_norm as gpu_rms_norm
 from kernels.gpu import swiglu as gpu_swiglu

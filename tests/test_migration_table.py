@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from engine.config import TrainConfig, parse_args
+from engine.config import TrainConfig
 from engine.data import load_template
 from engine.generate_command import GenerateConfig
+from engine.options import parse_args
 
 PAGE = (Path(__file__).parents[1] / "docs" / "migrating-from-t2i-r1.md").read_text()
 

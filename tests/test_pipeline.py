@@ -13,7 +13,8 @@ from torch import nn
 
 import rewards.ensemble
 from engine.checkpoint import optimizer_tensors
-from engine.config import TrainConfig, parse_args
+from engine.config import TrainConfig
+from engine.options import parse_args
 from engine.train import Trainer
 from rewards import Ensemble, RewardError, RewardPipeline
 from rewards.offload import Offload

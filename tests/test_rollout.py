@@ -8,7 +8,7 @@ from transformers import GenerationConfig
 
 import engine.rollout
 from engine.errors import UserError
-from engine.policy import Layer
+from engine.layers import Layer
 from engine.rollout import sample_images, sample_text
 
 # Prompt lengths of a batch; equal numbers are the same prompt.

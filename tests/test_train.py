@@ -11,9 +11,10 @@ import pytest
 import torch
 
 from engine.checkpoint import latest_checkpoint, load_checkpoint
-from engine.config import TrainConfig, parse_args
+from engine.config import TrainConfig
 from engine.errors import UserError, run_command
 from engine.objective import group_advantages, token_weights
+from engine.options import parse_args
 from engine.policy import load_policy
 from engine.train import Trainer, main, train
 

@@ -22,9 +22,9 @@ from transformers import AutoTokenizer, JanusConfig, JanusVisionConfig, LlamaCon
 from transformers.models.janus.modeling_janus import JanusVQVAE
 
 from engine.checkpoint import atomic_write_text
-from engine.config import check_fields, option, parse_args
 from engine.data import load_template
 from engine.errors import run_command
+from engine.options import check_fields, option, parse_args
 from engine.policy import Policy, load_policy
 from engine.tiny import supervised, vq
 from engine.tiny.prompts import corpus, make_splits, write_rows
