@@ -103,76 +103,80 @@ def share(keys: Tensor, values: Tensor, lengths: Tensor, *, owner: Tensor) -> Pr
 class _Block:
     """The keys and values of consecutive rows, whose prefixes are shared alike.
 
-    A (row, key/value head) pair is one matrix of a batched product.
+    A (row, key/value head) pair is one matrix of a batched product. The views that a step needs
+    are made by `begin` for all layers at once: making them layer by layer costs more than some of
+    the arithmetic.
     """
 
-    def __init__(self, first: int, prefixes: Prefixes, suffix_length: int) -> None:
-        layers, self.groups, self.kv_heads, self.width, self.head_dim = prefixes.keys.shape
+    def __init__(
+        self, first: int, prefixes: Prefixes, suffix_length: int, q: Tensor, out: Tensor
+    ) -> None:
+        """Args: q, out: (R * Hkv, repeat, head_dim) of the whole cache, in use from step to step."""
+        layers, self.groups, self.kv_heads, self.width, head_dim = prefixes.keys.shape
         self.size, self.bias = prefixes.size, prefixes.bias
         self.rows = slice(first, first + prefixes.rows)
+        matrices = slice(first * self.kv_heads, self.rows.stop * self.kv_heads)
+        self.q, self.out = q[matrices], out[matrices]
         self.shared = prefixes.size > 1
         # Where the suffix begins in the rows' own storage.
         self.start = 0 if self.shared else self.width
-        matrices, capacity = prefixes.rows * self.kv_heads, self.start + suffix_length
-        like = prefixes.keys
-        self.keys, self.values = like.new_empty(
-            (2, layers, matrices, capacity, self.head_dim)
-        ).unbind()
-        if self.shared:
-            self.prefix_keys = prefixes.keys.flatten(1, 2)  # (layers, groups * Hkv, P, hd)
-            self.prefix_values = prefixes.values.flatten(1, 2)
+        own = (layers, 2, len(self.q), self.start + suffix_length, head_dim)
+        self.keys_values = prefixes.keys.new_empty(own)
+        stored = (prefixes.keys.flatten(1, 2), prefixes.values.flatten(1, 2))
+        if self.shared:  # (layers, groups * Hkv, P, hd)
+            self.prefix_keys, self.prefix_values = stored[0].mT.unbind(), stored[1].unbind()
         else:
-            self.keys[:, :, : self.width] = prefixes.keys.flatten(1, 2)
-            self.values[:, :, : self.width] = prefixes.values.flatten(1, 2)
+            self.keys_values[:, :, :, : self.width] = torch.stack(stored, 1)
 
-    def append(self, layer: int, slot: int, keys: Tensor, values: Tensor) -> None:
-        """Store suffix position `slot`: (R, Hkv, head_dim) each, of all the cache's rows."""
-        at = self.start + slot
-        self.keys[layer, :, at].view(-1, *keys.shape[1:]).copy_(keys[self.rows])
-        self.values[layer, :, at].view(-1, *values.shape[1:]).copy_(values[self.rows])
-
-    def attend(self, layer: int, q: Tensor, length: int, out: Tensor, buffers: "_Buffers") -> None:
-        """The block's part of KVCache.attend.
-
-        Args:
-            q, out: (rows * Hkv, repeat, head_dim), contiguous.
-        """
-        own, total = self.start + length, self.width + length
-        keys, values = self.keys[layer, :, :own].transpose(1, 2), self.values[layer, :, :own]
-        scores = buffers.scores((*q.shape[:2], total))
-        if not self.shared and scores.dtype == q.dtype:
-            torch.bmm(q, keys, out=scores)
-        else:
-            # Not bmm(out=slice): it allocates where the output is not contiguous.
-            scores[..., total - own :] = torch.bmm(
-                q, keys, out=buffers.products((*q.shape[:2], own))
-            )
+    def begin(self, slot: int, buffers: "_Buffers") -> None:
+        """Make suffix position `slot` the last."""
+        own = self.start + slot + 1
+        total = self.width + slot + 1
+        filled = self.keys_values[..., :own, :]
+        last = filled[..., own - 1, :].unflatten(2, (-1, self.kv_heads))
+        self.last = last.unbind()  # a layer: (2, rows, Hkv, hd)
+        self.keys, self.values = filled[:, 0].mT.unbind(), filled[:, 1].unbind()
+        matrices, repeat, head_dim = self.q.shape
+        self.scores, self.probs = buffers.scores((matrices, repeat, total))
+        self.own_scores = self.scores[..., total - own :]
+        self.own_probs = self.probs[..., total - own :]
+        # Not bmm(out=slice): it allocates where the output is not contiguous.
+        direct = own == total and self.scores.dtype == self.q.dtype
+        self.own_products = None if direct else buffers.products((matrices, repeat, own))
+        self.prefix_scores = self._by_group(self.scores)[..., : self.width]
         if self.shared:
-            prefix_keys = self.prefix_keys[layer].transpose(1, 2)
-            grouped = self._batched(q)
-            partial = buffers.products((*grouped.shape[:2], self.width))
-            prefix_scores = self._by_group(scores)[..., : self.width]
-            prefix_scores.copy_(
-                torch.bmm(grouped, prefix_keys, out=partial).view(prefix_scores.shape)
-            )
+            batch, queries = self.groups * self.kv_heads, self.size * repeat
+            self.prefix_products = buffers.products((batch, queries, self.width))
+            self.prefix_mixed = buffers.products((batch, queries, head_dim))
+            self.prefix_probs = self._by_group(self.probs)[..., : self.width]
+
+    def append(self, layer: int, keys_values: Tensor) -> None:
+        """Store the last position: (R, 2, Hkv, head_dim), of all the cache's rows."""
+        self.last[layer].copy_(keys_values[self.rows].transpose(0, 1))
+
+    def attend(self, layer: int, buffers: "_Buffers") -> None:
+        """From q to out. The prefix's part of shared ones is a product of its own."""
+        if self.own_products is None:
+            torch.bmm(self.q, self.keys[layer], out=self.scores)
+        else:
+            self.own_scores.copy_(torch.bmm(self.q, self.keys[layer], out=self.own_products))
+        if self.shared:
+            q = self._by_group(self.q).reshape(*self.prefix_products.shape[:2], -1)
+            products = torch.bmm(q, self.prefix_keys[layer], out=self.prefix_products)
+            self.prefix_scores.copy_(products.view(self.prefix_scores.shape))
         if self.bias is not None:
-            prefix_scores = self._by_group(scores)[..., : self.width]
-            prefix_scores += self.bias
-        probs = buffers.softmax(scores)
-        torch.bmm(probs[..., total - own :], values, out=out)
+            self.prefix_scores += self.bias
+        buffers.softmax(self.scores, self.probs)
+        torch.bmm(self.own_probs, self.values[layer], out=self.out)
         if self.shared:
-            grouped = self._batched(probs[..., : self.width])
-            partial = buffers.products((*grouped.shape[:2], self.head_dim))
-            target = self._by_group(out)
-            target += torch.bmm(grouped, self.prefix_values[layer], out=partial).view(target.shape)
+            probs = self.prefix_probs.reshape(self.prefix_products.shape)
+            mixed = torch.bmm(probs, self.prefix_values[layer], out=self.prefix_mixed)
+            target = self._by_group(self.out)
+            target += mixed.view(target.shape)
 
     def _by_group(self, x: Tensor) -> Tensor:
         """(rows * Hkv, repeat, W) -> (groups, Hkv, size, repeat, W), a view."""
         return x.view(self.groups, self.size, self.kv_heads, *x.shape[1:]).transpose(1, 2)
-
-    def _batched(self, x: Tensor) -> Tensor:
-        """(rows * Hkv, repeat, W) -> (groups * Hkv, size * repeat, W); a view where it can be."""
-        return self._by_group(x).reshape(self.groups * self.kv_heads, -1, x.shape[-1])
 
 
 class _Buffers:
@@ -185,23 +189,23 @@ class _Buffers:
     def __init__(self, like: Tensor, count: int) -> None:
         self._products = like.new_empty(count)
         self._scores = like.new_empty(count, dtype=torch.float32)
-        self._probs = torch.empty_like(self._scores)
-        self._rounded = None if like.dtype == torch.float32 else like.new_empty(count)
+        self._fp32_probs = torch.empty_like(self._scores)
+        self._probs = self._fp32_probs if like.dtype == torch.float32 else like.new_empty(count)
 
     def products(self, shape: Sequence[int]) -> Tensor:
         """For matrix products, of the cache's dtype."""
         return _front(self._products, shape)
 
-    def scores(self, shape: Sequence[int]) -> Tensor:
-        """For attention scores, fp32."""
-        return _front(self._scores, shape)
+    def scores(self, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """For attention scores, fp32, and for probabilities, of the cache's dtype."""
+        return _front(self._scores, shape), _front(self._probs, shape)
 
-    def softmax(self, scores: Tensor) -> Tensor:
-        """Softmax over the last dimension, in fp32, rounded to the cache's dtype."""
-        probs = torch.softmax(scores, -1, out=_front(self._probs, scores.shape))
-        if self._rounded is None:
-            return probs
-        return _front(self._rounded, scores.shape).copy_(probs)
+    def softmax(self, scores: Tensor, probs: Tensor) -> None:
+        """Softmax over the last dimension, in fp32, into what `scores` gave for it."""
+        if probs.dtype == torch.float32:
+            torch.softmax(scores, -1, out=probs)
+        else:
+            probs.copy_(torch.softmax(scores, -1, out=_front(self._fp32_probs, scores.shape)))
 
 
 def _front(buffer: Tensor, shape: Sequence[int]) -> Tensor:
@@ -221,34 +225,40 @@ class KVCache:
         text = policy.config.text_config
         self.heads, self.kv_heads = text.num_attention_heads, text.num_key_value_heads
         self.head_dim = head_dimension(policy.config)
-        self.blocks: list[_Block] = []
-        self.rows = 0
-        for part in prefixes:
-            self.blocks.append(_Block(self.rows, part, suffix_length))
-            self.rows += part.rows
+        self.rows = sum(part.rows for part in prefixes)
         like = prefixes[0].keys
         # Matrix products give head_dim columns a query too, however short the context.
         longest = max(max(p.keys.shape[3] for p in prefixes) + suffix_length, self.head_dim)
         self._buffers = _Buffers(like, max(p.rows for p in prefixes) * self.heads * longest)
         queries = (self.rows * self.kv_heads, self.heads // self.kv_heads, self.head_dim)
         self._queries, self._mixed = like.new_empty(queries), like.new_empty(queries)
+        self._by_row = self._queries.view(self.rows, self.heads, self.head_dim)
+        self._result = self._mixed.view(self.rows, -1)
+        self.blocks: list[_Block] = []
+        first = 0
+        for part in prefixes:
+            block = _Block(first, part, suffix_length, self._queries, self._mixed)
+            self.blocks.append(block)
+            first = block.rows.stop
 
-    def append(self, layer: int, slot: int, keys: Tensor, values: Tensor) -> None:
-        """Store the keys and values of suffix position `slot`: (R, Hkv, head_dim) each."""
+    def begin(self, slot: int) -> None:
+        """Make suffix position `slot` the last that is stored and attended."""
         for block in self.blocks:
-            block.append(layer, slot, keys, values)
+            block.begin(slot, self._buffers)
 
-    def attend(self, layer: int, q: Tensor, length: int) -> Tensor:
-        """Attention of one query a row over its prefix and its first `length` suffix tokens.
+    def append(self, layer: int, keys_values: Tensor) -> None:
+        """Store the last position's keys and values: (R, 2, Hkv, head_dim)."""
+        for block in self.blocks:
+            block.append(layer, keys_values)
+
+    def attend(self, layer: int, q: Tensor) -> Tensor:
+        """Attention of one query a row over its prefix and its suffix up to the last position.
 
         Args:
             q: (R, Hq, head_dim), rotated and scaled by head_dim ** -0.5.
         Returns: (R, Hq * head_dim), overwritten by the next call.
         """
-        self._queries.view(q.shape).copy_(q)
+        self._by_row.copy_(q)
         for block in self.blocks:
-            matrices = slice(block.rows.start * self.kv_heads, block.rows.stop * self.kv_heads)
-            block.attend(
-                layer, self._queries[matrices], length, self._mixed[matrices], self._buffers
-            )
-        return self._mixed.view(self.rows, -1)
+            block.attend(layer, self._buffers)
+        return self._result

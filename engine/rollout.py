@@ -160,7 +160,7 @@ def sample_text(
     keys, values = prefill(policy, [p[:-1] for p in distinct])
     prefixes = share(keys, values, lengths, owner=owner)
     cache = KVCache(policy, [prefixes], max_new_tokens)
-    decoder = Decoder(policy, cache, lengths, max_new_tokens)
+    decoder = Decoder(policy, cache, lengths, max_new_tokens, image=False)
     noise = _Noise(seed, ids, policy.config.text_config.vocab_size, 0, max_new_tokens)
     tokens = torch.full((count, max_new_tokens), policy.pad, device=device)
     logprobs = torch.zeros((count, max_new_tokens), dtype=torch.float32, device=device)
@@ -171,7 +171,7 @@ def sample_text(
     for step in range(max_new_tokens):
         hidden = decoder.step(policy.embed_text(current), step)
         current, logprob, _ = cfg_sample(
-            decoder.text_logits(hidden),
+            decoder.logits(hidden),
             None,
             cfg_weight=1.0,
             temperature=temperature,
@@ -247,7 +247,7 @@ def sample_images(
     cond = share(keys[:, :-1], values[:, :-1], lengths, owner=owner)
     uncond = share(keys[:, -1:], values[:, -1:], lengths, owner=torch.zeros_like(owner))
     cache = KVCache(policy, [cond, uncond], steps)
-    decoder = Decoder(policy, cache, lengths.repeat(2), steps)
+    decoder = Decoder(policy, cache, lengths.repeat(2), steps, image=True)
     noise = _Noise(seed, ids, policy.config.vq_config.num_embeddings, IMAGE_STEP, steps)
     table = policy.image_table()
     tokens = torch.empty((count, steps), dtype=torch.int64, device=device)
@@ -255,7 +255,7 @@ def sample_images(
     last = torch.stack([p[-1] for p in distinct])[owner]
     x = policy.embed_text(last).repeat(2, 1)  # rows: conditional, then unconditional
     for step in range(steps):
-        logits = decoder.image_logits(decoder.step(x, step))
+        logits = decoder.logits(decoder.step(x, step))
         current, logprobs[0, :, step], logprobs[1, :, step] = cfg_sample(
             logits[:count],
             logits[count:],

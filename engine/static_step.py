@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from engine.decode import packed
+from engine.packed_linear import packed
 from engine.policy import Policy
 from engine.rope import head_dimension, rope_tables
 from kernels.decode_attention import (
