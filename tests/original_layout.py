@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import (
     JanusConfig,
@@ -327,3 +327,14 @@ def write_weights(folder: Path, tensors: dict[str, Tensor], *, form: str, shards
     if shards > 1:
         index = json.dumps({"metadata": {"total_size": 0}, "weight_map": places})
         (folder / f"{stem}.{end}.index.json").write_text(index)
+
+
+def edit_weights(folder: Path, **changes: torch.Tensor | None) -> None:
+    """Set tensors of the folder's model.safetensors; None takes one out."""
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    for key, value in changes.items():
+        tensors.pop(key, None)
+        if value is not None:
+            tensors[key] = value
+    save_file(tensors, file)
