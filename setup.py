@@ -34,8 +34,9 @@ setup(
         "tqdm",
     ],
     extras_require={
-        "test": ["pytest", "pyarrow"],
+        "test": ["pytest", "pyarrow", "rapidocr>=3.10", "onnxruntime"],
         "parquet": ["pyarrow"],
+        "ocr": ["rapidocr>=3.10", "onnxruntime"],
         "deepspeed": ["deepspeed"],
         # A source build on a GPU machine: pip install --no-build-isolation ".[flash]"
         "flash": ["flash-attn"],

@@ -1,8 +1,8 @@
 """Make the README's measured parts from results: python -m bench.readme [--run runs/tiny-0 ...]
 
-Reads bench/results/rollout.json and bench/results/loss.json, and of runs, where they are given, the
-summaries, and the first one's metrics and evaluation pictures; writes the tables between the
-README's markers, docs/assets/curve.png and docs/assets/before_after.png. Nothing is typed by hand.
+Reads the suites' JSON in bench/results, and of runs, where they are given, the summaries, and the
+first one's metrics and evaluation pictures; writes the tables between the README's markers,
+docs/assets/curve.png and docs/assets/before_after.png. Nothing is typed by hand.
 """
 
 import argparse
@@ -88,32 +88,31 @@ def gains(runs: list[Path]) -> str:
     return "\n".join(lines)
 
 
-def speeds(rollout: dict[str, Any], loss: dict[str, Any]) -> str:
-    """The benchmarks' ratios, as a Markdown table, and where they were measured."""
+SUITES = ("rollout", "generate", "loss", "rewards", "overlap")
+# (suite, figure as a format of the suite's ratios, what it is)
+FIGURES = (
+    ("rollout", "{vs_eager_loop:.2f}x", "rollout, tiny model, 64 images: speed against T2I-R1's loop (32-row chunks)"),
+    ("rollout", "{vs_eager_unsplit:.2f}x", "the same, against that loop in one chunk"),
+    ("rollout", "{mini_vs_eager_loop:.2f}x", "rollout, 512-wide 8-layer model, 576 tokens, 8 images: against T2I-R1's loop"),
+    ("generate", "{vs_transformers:.2f}x", "pictures from prompts, that model, 8 images of 2 prompts: speed against transformers' own `generate`"),
+    ("loss", "{time_vs_logits:.2f} of its time, {memory_vs_logits:.2f} of its memory", "loss with gradients, 4096 tokens, 16,384 codes, width 512: against all logits at once"),
+    ("loss", "{memory_vs_liger:.2f} of its memory", "the same, against Liger-Kernel's fused loss"),
+    ("loss", "{time_vs_fastest_peer:.2f} of its time", "the same, against the fastest of the peers that ran"),
+    ("loss", "{guided_time_vs_plain:.2f} of its time, {guided_memory_vs_plain:.2f} of its memory", "guided loss: against the logits of both branches"),
+    ("rewards", "{worst_batched_vs_single:.2f}x, {second_best_batched_vs_single:.2f}x", "reward experts, 16 images in a batch against one at a time: the least gain of any, the second best"),
+    ("overlap", "{hidden_share_of_possible:.0%}", "reward time that the pipeline hides, of what could be hidden"),
+)  # fmt: skip
+
+
+def speeds(reports: dict[str, dict[str, Any]]) -> str:
+    """The benchmarks' ratios, as a Markdown table, and where they were measured.
+
+    Args: reports: of each of SUITES.
+    """
     lines = ["| measured | figure |", "|---|---|"]
-    names = {
-        "vs_eager_loop": "rollout, tiny model, 64 images: speed against T2I-R1's loop (32-row chunks)",
-        "vs_eager_unsplit": "the same, against that loop in one chunk",
-        "mini_vs_eager_loop": "rollout, 512-wide 8-layer model, 576 tokens, 8 images: against T2I-R1's loop",
-    }
-    for key, text in names.items():
-        lines.append(f"| {text} | {rollout['ratios'][key]:.2f}x |")
-    ratios = loss["ratios"]
-    names = {
-        "logits": "loss with gradients, 4096 tokens, 16,384 codes, width 512: against all logits at once",
-        "liger": "the same, against Liger-Kernel's fused loss",
-        "fastest_peer": "the same, against the fastest of the peers that ran",
-        "plain": "guided loss: against the logits of both branches",
-    }
-    for key, text in names.items():
-        guided = "guided_" if key == "plain" else ""
-        parts = [
-            f"{ratios[name]:.2f} of its {what}"
-            for what in ("time", "memory")
-            if (name := f"{guided}{what}_vs_{key}") in ratios
-        ]
-        lines.append(f"| {text} | {', '.join(parts)} |")
-    return "\n".join([*lines, "", *(_source(report) for report in (rollout, loss))])
+    for suite, figure, what in FIGURES:
+        lines.append(f"| {what} | {figure.format(**reports[suite]['ratios'])} |")
+    return "\n".join([*lines, "", *(_source(report) for report in reports.values())])
 
 
 def _source(report: dict[str, Any]) -> str:
@@ -127,13 +126,11 @@ def _source(report: dict[str, Any]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--run", type=Path, nargs="+", default=[])
-    results = ROOT / "bench" / "results"
-    parser.add_argument("--rollout", type=Path, default=results / "rollout.json")
-    parser.add_argument("--loss", type=Path, default=results / "loss.json")
     arguments = parser.parse_args()
     ASSETS.mkdir(parents=True, exist_ok=True)
     try:
-        tables = {"speeds": speeds(_read(arguments.rollout), _read(arguments.loss))}
+        results = ROOT / "bench" / "results"
+        tables = {"speeds": speeds({suite: _read(results / f"{suite}.json") for suite in SUITES})}
         if arguments.run:
             draw_curve(arguments.run[0])
             draw_before_after(arguments.run[0])

@@ -16,12 +16,15 @@ from transformers import (
     BertConfig,
     BlipConfig,
     BlipForQuestionAnswering,
+    CLIPTokenizer,
     GitConfig,
     GitForCausalLM,
     GroundingDinoConfig,
     GroundingDinoForObjectDetection,
     LlavaOnevisionConfig,
     LlavaOnevisionForConditionalGeneration,
+    Owlv2Config,
+    Owlv2ForObjectDetection,
     SwinConfig,
 )
 
@@ -29,7 +32,9 @@ from rewards import HPS, RewardExpert
 from rewards.blip import BlipVQA
 from rewards.gdino import GroundingDino
 from rewards.git import GitVQA
+from rewards.image_reward import HEAD_WIDTH, ImageReward, ImageRewardModel, official_name
 from rewards.orm import AFTER_IMAGE, BEFORE_IMAGE, ORM
+from rewards.owl import Owl
 
 SIDE = 64  # pixels of the towers' input
 PATCH = 8
@@ -55,7 +60,16 @@ CLIP_PICTURES = {
 
 def build(name: str, folder: Path) -> RewardExpert:
     """The expert called `name`, loaded from a checkpoint written into `folder`."""
-    return {"hps": _hps, "gdino": _gdino, "git": _git, "blip": _blip, "orm": _orm}[name](folder)
+    builders = {
+        "hps": _hps,
+        "imagereward": _imagereward,
+        "gdino": _gdino,
+        "owl": _owl,
+        "git": _git,
+        "blip": _blip,
+        "orm": _orm,
+    }
+    return builders[name](folder)
 
 
 def stir(model: nn.Module, gain: float) -> nn.Module:
@@ -153,6 +167,18 @@ def _blip(folder: Path) -> BlipVQA:
     return BlipVQA(folder)
 
 
+def _imagereward(folder: Path) -> ImageReward:
+    _write_bert(folder)
+    heads = {"num_attention_heads": WIDTH // HEAD_WIDTH}
+    text = _text() | heads | {"vocab_size": VOCABULARY + 2, "bos_token_id": VOCABULARY}
+    model = stir(
+        ImageRewardModel(BlipConfig(text_config=text, vision_config=_tower() | heads)), 1.5
+    )
+    state = {official_name(key): value for key, value in model.state_dict().items()}
+    torch.save(state, folder / "ImageReward.pt")
+    return ImageReward(folder / "ImageReward.pt")
+
+
 def _gdino(folder: Path) -> GroundingDino:
     _write_bert(folder)
     pictures = {"size": {"shortest_edge": 2 * SIDE, "longest_edge": 4 * SIDE}}
@@ -186,6 +212,23 @@ def _gdino(folder: Path) -> GroundingDino:
         model.model.decoder.layer_norm.weight.fill_(0.3)
     model.save_pretrained(folder)
     return GroundingDino(folder)
+
+
+def _owl(folder: Path) -> Owl:
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    pieces = [*letters, *(f"{c}</w>" for c in letters), "<|startoftext|>", "<|endoftext|>"]
+    vocabulary = {piece: i for i, piece in enumerate(pieces)}
+    CLIPTokenizer(vocab=vocabulary, merges=[], pad_token="!").save_pretrained(folder)
+    _write_pictures(folder, CLIP_PICTURES)
+    text = _text() | {"vocab_size": len(vocabulary)}
+    config = Owlv2Config(text_config=text, vision_config=_tower(), projection_dim=WIDTH)
+    model = stir(Owlv2ForObjectDetection(config), 1.0)
+    with torch.no_grad():
+        # The logit is a cosine plus the shift, times 1 + elu(scale): a few boxes a name.
+        model.class_head.logit_shift.bias.fill_(-0.6)
+        model.class_head.logit_scale.bias.fill_(5)
+    model.save_pretrained(folder)
+    return Owl(folder)
 
 
 def _orm(folder: Path) -> ORM:

@@ -27,7 +27,7 @@ from bench import reward_models
 from engine.options import check_fields, option
 from rewards import RewardExpert
 
-EXPERTS = ("hps", "gdino", "git", "blip", "orm")
+EXPERTS = ("hps", "imagereward", "gdino", "owl", "git", "blip", "orm")
 TOLERANCE = 1e-4  # of a score, between the two ways of asking the same class
 SPREAD = 1e-3  # of the scores; without it a wrong order of pictures would go unseen
 SIDE = 96  # pixels of the pictures, which every expert resizes

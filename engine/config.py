@@ -9,17 +9,15 @@ from pathlib import Path
 from typing import Literal
 
 from engine.errors import UserError
-from engine.options import check_fields, nearest, option
-
-# Reward experts by name; engine/experts.py says what each one is.
-EXPERTS = ("hps", "gdino", "owl", "git", "blip", "orm")
+from engine.options import check_fields, option
+from engine.reward_config import RewardConfig
 
 # Settings whose default depends on the model: the embedded one's, T2I-R1's.
 BY_MODEL = {"max_steps": (80, 1600), "beta": (0.1, 0.01), "learning_rate": (4e-4, 1e-6)}
 
 
 @dataclass(kw_only=True, slots=True)
-class TrainConfig:
+class TrainConfig(RewardConfig):
     """Settings of `python -m engine.train`. Raises: UserError naming key, wanted and got."""
 
     # fmt: off
@@ -29,6 +27,7 @@ class TrainConfig:
     run_name: str = option("", "name of the run folder; empty: <model>-<seed>")
     seed: int = option(0, "seed of prompt order and sampling", at_least=0, below=2**32)
     resume: bool = option(False, "continue the run folder from its last checkpoint")
+    on_reward_error: Literal["raise", "skip"] = option("raise", "when an expert fails: stop, or drop it for the batch")
     plan: bool = option(False, "print the model's weights and the memory it takes, and stop")
     max_steps: int | None = option(None, "training steps; none: 80 for tiny, else T2I-R1's 1600", group="batch", at_least=1)
     prompts_per_step: int = option(8, "prompts in a step", at_least=1)
@@ -41,20 +40,6 @@ class TrainConfig:
     temperature: float = option(1.0, "sampling temperature of plans and images", above=0)
     cfg_weight: float | None = option(None, "guidance weight; 1: no guidance; none: the checkpoint's own", at_least=0)
     reasoning_prompt_path: str | None = option(None, "file with the instruction to plan; {} is the prompt")
-    reward_funcs: list[str] = option(("hps", "gdino", "git", "orm"), f"reward experts: {', '.join(EXPERTS)}, or package.module:Class", group="rewards")
-    reward_weights: list[float] = option((), "a weight for each expert; none: all equal", at_least=0)
-    hps_ckpt_path: str | None = option(None, "weights of the human-preference expert")
-    git_ckpt_path: str | None = option(None, "weights of the VQA expert")
-    blip_ckpt_path: str | None = option(None, "weights of the VQA expert by BLIP")
-    gdino_ckpt_path: str | None = option(None, "weights of the detector")
-    gdino_config_path: str | None = option(None, "BERT vocabulary of the detector, with a .pth also its architecture")
-    owl_ckpt_path: str | None = option(None, "weights of the detector by OWLv2")
-    orm_ckpt_path: str | None = option(None, "weights of the outcome reward model")
-    reward_device: str | None = option(None, "cpu, cuda or cuda:N; none: the policy's")
-    reward_dtype: Literal["float32", "bfloat16", "float16"] | None = option(None, "precision of experts that have a path; none: each one's own")
-    reward_offload: bool = option(False, "keep an expert's weights in host memory while it is not scoring")
-    reward_timeout: float = option(600.0, "seconds that the experts may take for a batch; 0: any time", at_least=0)
-    on_reward_error: Literal["raise", "skip"] = option("raise", "when an expert fails: stop, or drop it for the batch")
     train_levels: list[Literal["semantic", "token"]] = option(("semantic", "token"), "chains of thought that get a gradient", group="objective")
     logprob_policy: Literal["conditional", "guided", "guided_detached"] = option("conditional", "image log-prob that is trained")
     loss_type: Literal["token", "sequence", "dr_grpo"] = option("token", "mean over tokens, per sequence, or Dr. GRPO's constant")
@@ -95,25 +80,14 @@ class TrainConfig:
                 "num_generations * images_per_plan must be >= 2 (a group needs something to "
                 f"compare), got {self.num_generations} * {self.images_per_plan}"
             )
-        for name in ("reward_funcs", "train_levels"):
-            values = getattr(self, name)
-            if not values or len(set(values)) < len(values):
-                raise UserError(f"{name} must name at least one, each once, got {values}")
-        check_reward_funcs(self.reward_funcs)
-        weights = self.reward_weights
-        if weights and (len(weights) != len(self.reward_funcs) or sum(weights) == 0):
-            raise UserError(
-                f"reward_weights must be {len(self.reward_funcs)} numbers, one for each of "
-                f"reward_funcs and not all 0, got {weights}"
-            )
+        self.check_rewards()
+        levels = self.train_levels
+        if not levels or len(set(levels)) < len(levels):
+            raise UserError(f"train_levels must name at least one, each once, got {levels}")
         if self.warmup_steps > self.max_steps:
             raise UserError(f"warmup_steps must be <= max_steps, got {self.warmup_steps}")
         if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
             raise UserError(f"device must be auto, cpu, cuda or cuda:N, got {self.device!r}")
-        if self.reward_device and not re.fullmatch(r"cpu|cuda(:\d+)?", self.reward_device):
-            raise UserError(
-                f"reward_device must be cpu, cuda or cuda:N, got {self.reward_device!r}"
-            )
         if self.run_name in (".", "..") or re.search(r"[/\\\0]", self.run_name):
             raise UserError(f"run_name must be a plain folder name, got {self.run_name!r}")
 
@@ -137,13 +111,3 @@ class TrainConfig:
         """Evaluation prompts: as asked, or the held-out split where there is one."""
         own = "tiny:heldout" if self.dataset_name == "tiny" else self.dataset_name
         return self.eval_dataset_name or own
-
-
-def check_reward_funcs(names: list[str]) -> None:
-    """Raise UserError unless each is an expert's name or package.module:Class."""
-    for name in names:
-        if name not in EXPERTS and not re.fullmatch(r"\w+(\.\w+)*:\w+", name):
-            raise UserError(
-                f"--reward_funcs: expected {', '.join(EXPERTS)} or package.module:Class "
-                f"(nearest: {nearest(name, EXPERTS)}), got {name!r}"
-            )

@@ -8,51 +8,40 @@ of the other model on the same prompts, seed and sample ids, and `difference`, t
 paired differences, model minus other: one that does not hold 0 is a difference of the models.
 """
 
-# ruff: noqa: RUF009  `option` makes a dataclasses.field, which ruff cannot know
-
 import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from engine.checkpoint import atomic_write_text
-from engine.config import EXPERTS, check_reward_funcs
 from engine.conversation import Conversation
 from engine.data import PromptTemplate, Row, load_prompts, load_template
 from engine.errors import UserError
 from engine.evaluate import EVAL_SEED, evaluate
-from engine.experts import build_ensemble, reward_paths
+from engine.experts import build_ensemble, open_pipeline, reward_device, reward_paths
 from engine.fingerprint import checkpoint_fingerprint
 from engine.generate import longest_plan
 from engine.intervals import intervals
 from engine.options import check_fields, option, parse_args
 from engine.policy import load_policy
 from engine.progress import Progress
+from engine.reward_config import RewardConfig
 from engine.weights import folder_of, guidance_scale
-from rewards import Ensemble, RewardError
+from rewards import RewardError, RewardPipeline
 
 Records = list[dict[str, Any]]
 
 
 @dataclass(kw_only=True, slots=True)
-class EvaluateConfig:
+class EvaluateConfig(RewardConfig):
     """Settings of `python -m engine.evaluate`."""
 
     # fmt: off
     model: str = option("tiny", "a Janus-Pro checkpoint folder, or tiny", group="what", aliases=["model_name_or_path"])
     compare: str | None = option(None, "another model, scored on the same prompts and seeds")
     prompts: str = option("tiny:heldout", "prompt file: .json, .jsonl, .csv, .parquet, .txt, tiny or tiny:heldout", aliases=["dataset_name"])
-    reward_funcs: list[str] = option(("hps", "gdino", "git", "orm"), f"reward experts: {', '.join(EXPERTS)}, or package.module:Class")
-    hps_ckpt_path: str | None = option(None, "weights of the human-preference expert")
-    git_ckpt_path: str | None = option(None, "weights of the VQA expert")
-    blip_ckpt_path: str | None = option(None, "weights of the VQA expert by BLIP")
-    gdino_ckpt_path: str | None = option(None, "weights of the detector")
-    gdino_config_path: str | None = option(None, "BERT vocabulary of the detector, with a .pth also its architecture")
-    owl_ckpt_path: str | None = option(None, "weights of the detector by OWLv2")
-    orm_ckpt_path: str | None = option(None, "weights of the outcome reward model")
     out: str | None = option(None, "JSON file that gets the summary and a record a picture")
     num_generations: int = option(2, "pictures of each prompt", group="how", at_least=1)
     cot: bool = option(True, "plan first; --no_cot: straight from the prompt to the picture")
@@ -67,11 +56,7 @@ class EvaluateConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        if not self.reward_funcs or len(set(self.reward_funcs)) < len(self.reward_funcs):
-            raise UserError(
-                f"reward_funcs must name at least one, each once, got {self.reward_funcs}"
-            )
-        check_reward_funcs(self.reward_funcs)
+        self.check_rewards()
 
 
 def main(argv: list[str]) -> None:
@@ -84,16 +69,20 @@ def main(argv: list[str]) -> None:
         # Before the first model is scored, which may take hours.
         checkpoint_fingerprint(folder_of(model))
         templates.append(load_template(folder_of(model), config.reasoning_prompt_path))
+    device = reward_device(config, config.device)
     ensemble = build_ensemble(
         config.reward_funcs,
         model=config.model,
-        device=torch.device(config.device),
+        device=device,
+        dtype=config.reward_dtype,
         paths=reward_paths(config),
+        weights=config.reward_weights or None,
     )
-    scored = [
-        score(model, template, rows, ensemble, config)
-        for model, template in zip(models, templates, strict=True)
-    ]
+    with open_pipeline(ensemble, device, config) as pipeline:
+        scored = [
+            score(model, template, rows, pipeline, config)
+            for model, template in zip(models, templates, strict=True)
+        ]
     tables = [score_table(records, config.num_generations) for _, records in scored]
     tasks = [row.get("task_type", "prompt") for row in rows]
     report, rest = report_on(scored[0][0], tables[0], tasks), {}
@@ -115,7 +104,7 @@ def score(
     model: str,
     template: PromptTemplate,
     rows: list[Row],
-    ensemble: Ensemble,
+    pipeline: RewardPipeline,
     config: EvaluateConfig,
 ) -> tuple[dict[str, Any], Records]:
     """The summary and records of one model, which is loaded and let go of again."""
@@ -139,7 +128,7 @@ def score(
                 max_completion_length=plan,
                 cfg_weight=cfg_weight,
                 temperature=config.temperature,
-                ensemble=ensemble,
+                ensemble=pipeline,
                 seed=config.seed,
                 with_plan=config.cot,
                 progress=lambda done, total: progress.advance(done - progress.done),

@@ -9,44 +9,49 @@ from typing import Any, Literal
 
 import torch
 
-from engine.config import EXPERTS
 from engine.errors import UserError
+from engine.reward_config import EXPERTS, RewardConfig
 from engine.tiny.experts import EXPERT_NAMES as TINY_EXPERTS
 from engine.tiny.experts import build_experts
 from engine.tiny.world import IMAGE_SIZE
 from engine.weights import folder_of, read_config
-from rewards import Ensemble, RewardExpert
+from rewards import Ensemble, RewardExpert, RewardPipeline
 
 TINY_WEIGHTS = Path(__file__).parent / "tiny" / "weights"
 # Flags that hold the experts' files, by the names of the settings' fields.
 PATH_FLAGS = (
-    "hps_ckpt_path", "gdino_ckpt_path", "gdino_config_path", "owl_ckpt_path",
+    "hps_ckpt_path", "imagereward_ckpt_path", "imagereward_config_path",
+    "gdino_ckpt_path", "gdino_config_path", "owl_ckpt_path",
     "git_ckpt_path", "blip_ckpt_path", "orm_ckpt_path",
 )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """Where an expert's class is, and what its weights' flag is called."""
+    """Where an expert's class is, and what its weights' flag is called; None: it brings its own."""
 
     module: str
     cls: str
-    flag: str
+    flag: str | None = None
     config_flag: str | None = None
 
 
 SOURCES = {
     "hps": Source("rewards.hps", "HPS", "hps_ckpt_path"),
+    "imagereward": Source(
+        "rewards.image_reward", "ImageReward", "imagereward_ckpt_path", "imagereward_config_path"
+    ),
     "gdino": Source("rewards.gdino", "GroundingDino", "gdino_ckpt_path", "gdino_config_path"),
     "owl": Source("rewards.owl", "Owl", "owl_ckpt_path"),
     "git": Source("rewards.git", "GitVQA", "git_ckpt_path"),
     "blip": Source("rewards.blip", "BlipVQA", "blip_ckpt_path"),
     "orm": Source("rewards.orm", "ORM", "orm_ckpt_path"),
+    "ocr": Source("rewards.ocr", "OCR"),
 }
 assert tuple(SOURCES) == EXPERTS
 
 
-def reward_paths(config: Any) -> dict[str, str | None]:
+def reward_paths(config: RewardConfig) -> dict[str, str | None]:
     """The files that a settings object names: flag -> path."""
     return {flag: getattr(config, flag) for flag in PATH_FLAGS}
 
@@ -73,20 +78,21 @@ def build_ensemble(
 ) -> Ensemble:
     """The experts called `names`, in that order.
 
-    An expert whose flag is given is the real one. Without the flag it is the tiny world's, if
-    the model draws that world.
+    An expert whose flag is given, or that has none, is the real one. Without its flag it is the
+    tiny world's, if the model draws that world.
 
     Args:
         names: of `SOURCES`, or "package.module:Class" for a class of the user's own.
         model: whose pictures are scored.
         device: the experts'.
-        dtype: of the real experts, "float32", "bfloat16" or "float16"; None: each one's default.
+        dtype: of the experts that have a flag, "float32", "bfloat16" or "float16"; None: each
+            one's default.
         paths: `reward_paths`; an absent flag counts as not given.
         weights: one for each name.
     Raises: UserError naming the flag, and the file where one is at fault.
     """
     given = {flag: path for flag, path in (paths or {}).items() if path is not None}
-    real = [n for n in names if n in SOURCES and SOURCES[n].flag in given]
+    real = [n for n in names if n in SOURCES and SOURCES[n].flag in (None, *given)]
     tiny = [name for name in names if name in SOURCES and name not in real]
     for name in tiny:
         if name not in TINY_EXPERTS or not draws_tiny_world(model):
@@ -110,6 +116,21 @@ def build_ensemble(
         raise UserError(f"--reward_funcs: {error}") from error
 
 
+def reward_device(config: RewardConfig, policy: torch.device | str) -> torch.device:
+    """The experts' device: the flag's, else the policy's. Raises: UserError naming the flag."""
+    device = torch.device(config.reward_device or policy)
+    if config.reward_offload and device.type == "cpu":
+        raise UserError("--reward_offload: the experts are on the CPU already")
+    return device
+
+
+def open_pipeline(ensemble: Ensemble, device: torch.device, config: RewardConfig) -> RewardPipeline:
+    """The pipeline that runs an ensemble as the flags say."""
+    return RewardPipeline(
+        ensemble, device, timeout=config.reward_timeout or None, offload=config.reward_offload
+    )
+
+
 def _why(name: str) -> str:
     if name in TINY_EXPERTS:
         return "; only pictures of the tiny world can be scored without it"
@@ -117,15 +138,18 @@ def _why(name: str) -> str:
 
 
 def _load(name: str, given: Mapping[str, str], options: dict[str, Any]) -> RewardExpert:
-    """A real expert from its files."""
+    """A real expert, from its files where it has a flag for them."""
     source = SOURCES[name]
     if source.config_flag in given:
         options = {**options, "config": given[source.config_flag]}
     cls = getattr(importlib.import_module(source.module), source.cls)
     try:
+        if source.flag is None:
+            return cls(device=options["device"])
         return cls(given[source.flag], **options)
     except ValueError as error:
-        raise UserError(f"--{source.flag}: {error}") from error
+        where = f"--{source.flag}" if source.flag else f"--reward_funcs {name}"
+        raise UserError(f"{where}: {error}") from error
 
 
 def load_own(spec: str, device: torch.device | str) -> RewardExpert:

@@ -7,6 +7,7 @@ YAML keys from it; `-` and `_` are the same in a flag.
 
 import dataclasses
 import difflib
+import inspect
 import math
 import operator
 import reprlib
@@ -218,7 +219,9 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
 def _help_text(cls: type, description: str) -> str:
     hints = get_type_hints(cls)
     rows = [("", ""), ("--config FILE.yaml", "read settings from a file; flags override it")]
-    for f in dataclasses.fields(cls):
+    # What a class inherits comes after what is its own.
+    own = inspect.get_annotations(cls)
+    for f in sorted(dataclasses.fields(cls), key=lambda f: f.name not in own):
         hint, text = hints[f.name], f.metadata["help"]
         if f.metadata["group"]:
             rows += [("", ""), (f.metadata["group"] + ":", "")]

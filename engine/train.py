@@ -31,7 +31,7 @@ from engine.conversation import Conversation
 from engine.data import PromptSampler, Row, load_prompts, load_template
 from engine.errors import UserError, run_command
 from engine.evaluate import evaluate, judge_scores
-from engine.experts import build_ensemble, reward_paths
+from engine.experts import build_ensemble, open_pipeline, reward_device, reward_paths
 from engine.generate import Generation, generate
 from engine.learner import Learner
 from engine.monitor import RunLogger
@@ -71,9 +71,7 @@ class Trainer:
                 max_plan=config.max_completion_length,
             )
         self.learner = Learner(self.policy, config)
-        self.reward_device = torch.device(config.reward_device or self.policy.device)
-        if config.reward_offload and self.reward_device.type == "cpu":
-            raise UserError("--reward_offload: the experts are on the CPU already")
+        self.reward_device = reward_device(config, self.policy.device)
         self.ensemble = build_ensemble(
             config.reward_funcs,
             model=config.model,
@@ -232,12 +230,7 @@ def train(config: TrainConfig) -> None:
     try:
         with (
             stop_on_signal() as stop,
-            RewardPipeline(
-                trainer.ensemble,
-                trainer.reward_device,
-                timeout=config.reward_timeout or None,
-                offload=config.reward_offload,
-            ) as pipeline,
+            open_pipeline(trainer.ensemble, trainer.reward_device, config) as pipeline,
         ):
             if config.resume:
                 logger.truncate_after(done)

@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from tokenizers import BertWordPieceTokenizer, Tokenizer
 from torch import Tensor, nn
 from transformers import GroundingDinoConfig
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from transformers.modeling_outputs import BaseModelOutput
 
+from rewards.bert_vocabulary import BERT_IDS, read_vocabulary
 from rewards.checkpoint import config_from, read_config, read_image_settings, read_json
 from rewards.detection import (
     Detections,
@@ -31,9 +31,7 @@ from rewards.gdino_weights import load_folder, load_official, swin_t_config
 from rewards.preprocess import normalize, resize, shortest_edge_size
 
 # transformers finds the phrases of a caption by bert-base-uncased's ids, whatever the vocabulary.
-FIXED_IDS = {"[PAD]": 0, "[CLS]": 101, "[SEP]": 102, ".": 1012, "?": 1029}
-CLS, SEP, STOP = FIXED_IDS["[CLS]"], FIXED_IDS["[SEP]"], FIXED_IDS["."]
-VOCABULARY_FILES = ("tokenizer.json", "vocab.txt")
+CLS, SEP, STOP = BERT_IDS["[CLS]"], BERT_IDS["[SEP]"], BERT_IDS["."]
 SETTINGS_FILE = "preprocessor_config.json"
 PUBLISHED_SETTINGS = {
     "size": {"shortest_edge": 800, "longest_edge": 1333},
@@ -96,9 +94,13 @@ class GroundingDino:
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         path = Path(checkpoint)
+        # First, or a wrong path would be reported as a missing vocabulary.
+        if not path.exists():
+            raise ValueError(f"{path}: no such GroundingDINO checkpoint")
         extra = Path(config) if config is not None else path if path.is_dir() else path.parent
         architecture = _architecture(path) if path.is_dir() else _architecture_beside(extra)
-        tokenizer = _read_vocabulary(extra, architecture.text_config.vocab_size)
+        vocab_size = architecture.text_config.vocab_size
+        tokenizer = read_vocabulary(extra, vocab_size, model="GroundingDINO")
         # Prompts come back every epoch, and each of them in every picture of its group.
         self._encode = lru_cache(maxsize=65536)(
             lambda name: tuple(tokenizer.encode(_phrase(name), add_special_tokens=False).ids)
@@ -274,42 +276,3 @@ def _image_settings(
 
 def _phrase(name: str) -> str:
     return name.replace(".", " ").replace("?", " ")
-
-
-def _read_vocabulary(path: Path, vocab_size: int) -> Tokenizer | BertWordPieceTokenizer:
-    """bert-base-uncased's tokenizer, from its file or a folder with one."""
-    if path.is_dir():
-        files = [path / name for name in VOCABULARY_FILES if (path / name).is_file()]
-        if not files:
-            raise ValueError(
-                f"{path}: holds neither {' nor '.join(VOCABULARY_FILES)} of bert-base-uncased, "
-                "which GroundingDINO reads its captions by; name a folder that does"
-            )
-        path = files[0]
-    elif path.suffix not in (".txt", ".json"):
-        raise ValueError(
-            f"{path}: wanted a vocab.txt or tokenizer.json of bert-base-uncased, or a folder with "
-            "one; the architecture of groundingdino_swint_ogc.pth is known"
-        )
-    try:
-        if path.suffix == ".json":
-            tokenizer = Tokenizer.from_file(str(path))
-            tokenizer.no_padding()
-            tokenizer.no_truncation()
-        else:
-            tokenizer = BertWordPieceTokenizer(str(path), lowercase=True)
-    # The tokenizers library raises a bare Exception for a file it cannot read.
-    except Exception as error:
-        raise ValueError(f"{path}: not a BERT vocabulary ({error})") from error
-    for token, wanted in FIXED_IDS.items():
-        got = tokenizer.token_to_id(token)
-        if got != wanted:
-            raise ValueError(
-                f"{path}: {token!r} has id {got}, bert-base-uncased's {wanted} is what "
-                "GroundingDINO goes by"
-            )
-    if tokenizer.get_vocab_size() > vocab_size:
-        raise ValueError(
-            f"{path}: {tokenizer.get_vocab_size()} tokens, the checkpoint has {vocab_size}"
-        )
-    return tokenizer

@@ -61,7 +61,7 @@ def test_overlap_suite_states_its_bound_and_draws_the_timeline(tmp_path):
 
 
 def test_ratios_are_of_the_worst_and_the_second_best(monkeypatch):
-    seconds = {"hps": 4.0, "gdino": 1.5, "git": 2.5, "blip": 3.0, "orm": 1.0}
+    seconds = {"hps": 4.0, "imagereward": 2.0, "gdino": 1.5, "git": 2.5, "blip": 3.0, "orm": 1.0}
 
     def compare(name, batch, repeats):
         return [{"correct": True, "seconds": 1.0}, {"correct": True, "seconds": seconds[name]}]

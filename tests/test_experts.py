@@ -11,10 +11,11 @@ from conftest import small_config
 
 import engine.experts
 from engine.checkpoint import latest_checkpoint, load_checkpoint
-from engine.config import EXPERTS, TrainConfig
+from engine.config import TrainConfig
 from engine.errors import UserError
 from engine.experts import SOURCES, build_ensemble, draws_tiny_world
 from engine.options import parse_args
+from engine.reward_config import EXPERTS
 from engine.train import train
 from rewards import HPS
 
@@ -43,7 +44,7 @@ def classes(monkeypatch):
 
 
 def test_every_real_expert_gets_its_own_flags(classes):
-    paths = {s.flag: f"/{name}" for name, s in SOURCES.items()}
+    paths = {s.flag: f"/{name}" for name, s in SOURCES.items() if s.flag}
     paths["gdino_config_path"] = "/bert"
     ensemble = build_ensemble(
         list(EXPERTS), model="tiny", device="cpu", dtype="bfloat16", paths=paths
@@ -51,6 +52,9 @@ def test_every_real_expert_gets_its_own_flags(classes):
     assert [e.name for e in ensemble.experts] == list(EXPERTS)
     for expert in ensemble.experts:
         assert type(expert).__name__ == SOURCES[expert.name].cls
+        if SOURCES[expert.name].flag is None:
+            assert expert.paths == () and expert.options == {"device": "cpu"}
+            continue
         assert expert.paths == (f"/{expert.name}",)
         wanted = {"device": "cpu", "dtype": torch.bfloat16}
         if expert.name == "gdino":
@@ -66,7 +70,7 @@ def test_the_classes_take_what_they_are_given():
     for source in SOURCES.values():
         cls = getattr(__import__(source.module, fromlist=[source.cls]), source.cls)
         named = inspect.signature(cls).parameters
-        assert {"device", "dtype"} <= named.keys(), source
+        assert "device" in named and ("dtype" in named) == (source.flag is not None), source
         assert ("config" in named) == (source.config_flag is not None), source
 
 

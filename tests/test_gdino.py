@@ -281,6 +281,8 @@ def test_broken_checkpoints_are_named(files, tmp_path):
         assert "\n" not in str(raised.value)
 
     refused("no such GroundingDINO checkpoint")
+    with pytest.raises(ValueError, match="bad.pth: no such GroundingDINO checkpoint"):
+        GroundingDino(bad)  # with no vocabulary beside it either
     for content, said in broken_files(state):
         torch.save(content, bad)
         refused(said)

@@ -139,7 +139,7 @@ BAD = {
     "over max_prompt_length": (["--max_prompt_length", "3"], "max_prompt_length"),
     "no model": (["--model", "nowhere"], "nowhere"),
     "resume nothing": (["--resume"], "--resume"),
-    "expert of a later issue": (["--gdino_ckpt_path", "x.pth"], "--gdino_ckpt_path"),
+    "expert whose file is missing": (["--gdino_ckpt_path", "x.pth"], "--gdino_ckpt_path"),
     "no hps file": (["--hps_ckpt_path", "x.pt", "--reward_funcs", "hps"], "--hps_ckpt_path"),
     "run folder is a file": (["--run_name", "taken"], "taken"),
     "bad config key": (["--config", "{tmp}/bad.yaml"], "bad.yaml:1"),
