@@ -3,7 +3,8 @@
 Parts: `tests` runs the test files that reach a GPU; `ops` holds every op against fp64 at real
 shapes and times it against a copy; `loss` does the same for the fused loss, against its GEMMs alone
 and the path through the logits; `parity` compares graph, launches and transformers' loop token
-by token; `1b` and `7b` time rollouts of Janus-Pro's shapes, with random weights, beside the peers
+by token; `rewards` holds the experts against the CPU and runs them beside the main stream; `1b` and
+`7b` time rollouts of Janus-Pro's shapes, with random weights, beside the peers
 and the roofline.
 
 Each part is a process of its own, so that one that fails, hangs or spoils its CUDA context costs
@@ -37,7 +38,7 @@ from engine.options import check_fields, option
 
 RESULTS = Path(__file__).parent / "results"
 # Shares of the time; what a part leaves over goes to those after it.
-SHARES = {"tests": 120, "ops": 70, "loss": 40, "parity": 40, "1b": 90, "7b": 150}
+SHARES = {"tests": 120, "ops": 70, "loss": 40, "parity": 40, "rewards": 40, "1b": 90, "7b": 120}
 TEST_FILES = ("kernels", "gpu", "philox", "sample", "attention", "rollout", "policy", "decode")
 GRACE = 10  # seconds between a part's last start of an item and its end by force
 
@@ -47,7 +48,7 @@ VERDICT = re.compile(
     rf"^(?P<name>tests/\S+::.+?) (?P<said>{SAID})\b|^\[gw\d+\].*? (?P<first>{SAID}) (?P<xdist>tests/.+)"
 )
 
-PartName = Literal["tests", "ops", "loss", "parity", "1b", "7b"]
+PartName = Literal["tests", "ops", "loss", "parity", "rewards", "1b", "7b"]
 
 
 @dataclass(kw_only=True, slots=True)
@@ -268,7 +269,7 @@ def emit(part: str, row: dict[str, Any]) -> None:
 
 def items_of(part: str, device: torch.device) -> list[Item]:
     """A part's items: (label, what makes its rows)."""
-    from bench.gpu import loss, models, ops, parity, rollout
+    from bench.gpu import loss, models, ops, parity, rewards, rollout
 
     if part == "ops":
         return ops.items(device)
@@ -276,6 +277,8 @@ def items_of(part: str, device: torch.device) -> list[Item]:
         return loss.items(device)
     if part == "parity":
         return parity.items(device)
+    if part == "rewards":
+        return rewards.items(device)
     shape = models.SHAPES[part]
     return rollout.ModelCheck(shape, rollout.Plan(), device).items()
 
@@ -292,6 +295,8 @@ def ratios(rows: list[dict[str, Any]]) -> dict[str, float]:
         peer = row.get("provider")
         if mine and "seconds" in mine and peer in ("eager_loop", "eager_unsplit", "static_cache"):
             found[f"{row['model']}_{row['images']}_vs_{peer}"] = row["seconds"] / mine["seconds"]
+        if "hidden_share_of_possible" in row:
+            found["rewards_hidden_share"] = row["hidden_share_of_possible"]
         if row.get("op") == "linear_grpo_loss":
             head = f"{row['model']}_{row['head'].replace(' ', '_')}_loss"
             for key in ("share_of_gemms", "logits_over_ours", "logits_over_our_memory"):

@@ -5,6 +5,8 @@ with transformers' own initialisation every picture would get the same one.
 """
 
 import json
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import open_clip
@@ -36,6 +38,7 @@ from rewards.image_reward import HEAD_WIDTH, ImageReward, ImageRewardModel, offi
 from rewards.orm import AFTER_IMAGE, BEFORE_IMAGE, ORM
 from rewards.owl import Owl
 
+Made = Callable[..., RewardExpert]  # a class with its files; takes device and dtype
 SIDE = 64  # pixels of the towers' input
 PATCH = 8
 WIDTH = 128
@@ -58,8 +61,8 @@ CLIP_PICTURES = {
 }
 
 
-def build(name: str, folder: Path) -> RewardExpert:
-    """The expert called `name`, loaded from a checkpoint written into `folder`."""
+def write(name: str, folder: Path) -> Made:
+    """Write a checkpoint of the expert called `name`. Returns: what loads it, with its options."""
     builders = {
         "hps": _hps,
         "imagereward": _imagereward,
@@ -86,7 +89,7 @@ def stir(model: nn.Module, gain: float) -> nn.Module:
     return model.eval()
 
 
-def _hps(folder: Path) -> HPS:
+def _hps(folder: Path) -> Made:
     config = {
         "embed_dim": WIDTH,
         "vision_cfg": {
@@ -108,7 +111,7 @@ def _hps(folder: Path) -> HPS:
     open_clip.add_model_config(folder / "bench-hps.json")
     model = stir(CLIP(**config), 1.5)
     torch.save({"state_dict": model.state_dict()}, folder / "hps.pt")
-    return HPS(folder / "hps.pt", model_name="bench-hps")
+    return partial(HPS, folder / "hps.pt", model_name="bench-hps")
 
 
 def _write_bert(folder: Path) -> None:
@@ -149,25 +152,25 @@ def _text() -> dict:
     }
 
 
-def _git(folder: Path) -> GitVQA:
+def _git(folder: Path) -> Made:
     _write_bert(folder)
     _write_pictures(folder, CLIP_PICTURES)
     config = GitConfig(vision_config=_tower(), pad_token_id=0, **_text())
     stir(GitForCausalLM(config), 1.5).save_pretrained(folder)
-    return GitVQA(folder)
+    return partial(GitVQA, folder)
 
 
-def _blip(folder: Path) -> BlipVQA:
+def _blip(folder: Path) -> Made:
     _write_bert(folder)
     _write_pictures(folder, CLIP_PICTURES)
     special = {"bos_token_id": 101, "sep_token_id": 102, "eos_token_id": 102, "pad_token_id": 0}
     text = {**_text(), **special, "encoder_hidden_size": WIDTH}
     config = BlipConfig(text_config=text, vision_config=_tower())
     stir(BlipForQuestionAnswering(config), 1.5).save_pretrained(folder)
-    return BlipVQA(folder)
+    return partial(BlipVQA, folder)
 
 
-def _imagereward(folder: Path) -> ImageReward:
+def _imagereward(folder: Path) -> Made:
     _write_bert(folder)
     heads = {"num_attention_heads": WIDTH // HEAD_WIDTH}
     text = _text() | heads | {"vocab_size": VOCABULARY + 2, "bos_token_id": VOCABULARY}
@@ -176,10 +179,10 @@ def _imagereward(folder: Path) -> ImageReward:
     )
     state = {official_name(key): value for key, value in model.state_dict().items()}
     torch.save(state, folder / "ImageReward.pt")
-    return ImageReward(folder / "ImageReward.pt")
+    return partial(ImageReward, folder / "ImageReward.pt")
 
 
-def _gdino(folder: Path) -> GroundingDino:
+def _gdino(folder: Path) -> Made:
     _write_bert(folder)
     pictures = {"size": {"shortest_edge": 2 * SIDE, "longest_edge": 4 * SIDE}}
     _write_pictures(folder, CLIP_PICTURES | pictures)
@@ -211,10 +214,10 @@ def _gdino(folder: Path) -> GroundingDino:
         # The product of decoder and text states is the logit: this sets its spread.
         model.model.decoder.layer_norm.weight.fill_(0.3)
     model.save_pretrained(folder)
-    return GroundingDino(folder)
+    return partial(GroundingDino, folder)
 
 
-def _owl(folder: Path) -> Owl:
+def _owl(folder: Path) -> Made:
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     pieces = [*letters, *(f"{c}</w>" for c in letters), "<|startoftext|>", "<|endoftext|>"]
     vocabulary = {piece: i for i, piece in enumerate(pieces)}
@@ -228,10 +231,10 @@ def _owl(folder: Path) -> Owl:
         model.class_head.logit_shift.bias.fill_(-0.6)
         model.class_head.logit_scale.bias.fill_(5)
     model.save_pretrained(folder)
-    return Owl(folder)
+    return partial(Owl, folder)
 
 
-def _orm(folder: Path) -> ORM:
+def _orm(folder: Path) -> Made:
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     trainer = trainers.BpeTrainer(
@@ -258,4 +261,4 @@ def _orm(folder: Path) -> ORM:
         tie_word_embeddings=False,
     )
     stir(LlavaOnevisionForConditionalGeneration(config), 1.5).save_pretrained(folder)
-    return ORM(folder)
+    return partial(ORM, folder)

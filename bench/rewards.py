@@ -68,7 +68,7 @@ def run(config: Config) -> dict:
     for name in EXPERTS:
         if config.expert in ("", name):
             with tempfile.TemporaryDirectory() as folder:
-                expert = reward_models.build(name, Path(folder))
+                expert = reward_models.write(name, Path(folder))()
             found = compare(expert, batch, config.repeats)
             rows += found
             if found[0]["correct"]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from engine.device import HELP, check_device
 from engine.errors import UserError
 from engine.options import check_fields, option
 from engine.reward_config import RewardConfig
@@ -59,7 +60,7 @@ class TrainConfig(RewardConfig):
     adam_beta2: float = option(0.95, "AdamW's beta2", at_least=0, below=1)
     max_grad_norm: float = option(1.0, "gradients are clipped to this norm", above=0)
     dtype: Literal["float32", "bfloat16", "float16"] = option("float32", "type of the weights", group="machine", aliases=["torch_dtype"])
-    device: str = option("auto", "auto, cpu, cuda or cuda:N")
+    device: str = option("auto", HELP)
     threads: int = option(0, "CPU threads; 0: torch's choice", at_least=0)
     logging_steps: int = option(1, "steps between metrics", group="output", at_least=1)
     sample_steps: int = option(16, "steps between sample grids", at_least=1)
@@ -86,8 +87,7 @@ class TrainConfig(RewardConfig):
             raise UserError(f"train_levels must name at least one, each once, got {levels}")
         if self.warmup_steps > self.max_steps:
             raise UserError(f"warmup_steps must be <= max_steps, got {self.warmup_steps}")
-        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
-            raise UserError(f"device must be auto, cpu, cuda or cuda:N, got {self.device!r}")
+        check_device("device", self.device)
         if self.run_name in (".", "..") or re.search(r"[/\\\0]", self.run_name):
             raise UserError(f"run_name must be a plain folder name, got {self.run_name!r}")
 

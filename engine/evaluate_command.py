@@ -18,6 +18,7 @@ import numpy as np
 from engine.checkpoint import atomic_write_text
 from engine.conversation import Conversation
 from engine.data import PromptTemplate, Row, load_prompts, load_template
+from engine.device import HELP, check_device, open_device
 from engine.errors import UserError
 from engine.evaluate import EVAL_SEED, evaluate
 from engine.experts import build_ensemble, open_pipeline, reward_device, reward_paths
@@ -51,11 +52,12 @@ class EvaluateConfig(RewardConfig):
     max_prompt_length: int = option(512, "longest prompt in tokens", at_least=1)
     max_completion_length: int | None = option(None, "longest plan in tokens; none: 512, in a context below 1024 40", at_least=1)
     reasoning_prompt_path: str | None = option(None, "file with the instruction to plan; {} is the prompt")
-    device: str = option("cpu", "cpu, cuda or cuda:N")
+    device: str = option("auto", HELP)
     # fmt: on
 
     def __post_init__(self) -> None:
         check_fields(self)
+        check_device("device", self.device)
         self.check_rewards()
 
 
@@ -69,7 +71,7 @@ def main(argv: list[str]) -> None:
         # Before the first model is scored, which may take hours.
         checkpoint_fingerprint(folder_of(model))
         templates.append(load_template(folder_of(model), config.reasoning_prompt_path))
-    device = reward_device(config, config.device)
+    device = reward_device(config, open_device("device", config.device))
     ensemble = build_ensemble(
         config.reward_funcs,
         model=config.model,
@@ -108,7 +110,7 @@ def score(
     config: EvaluateConfig,
 ) -> tuple[dict[str, Any], Records]:
     """The summary and records of one model, which is loaded and let go of again."""
-    policy = load_policy(model, device=config.device)
+    policy = load_policy(model, device=open_device("device", config.device))
     conversation = Conversation(policy, template)
     plan = longest_plan(policy, config.max_completion_length) if config.cot else 0
     conversation.check(

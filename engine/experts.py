@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import torch
 
+from engine.device import open_device
 from engine.errors import UserError
 from engine.reward_config import EXPERTS, RewardConfig
 from engine.tiny.experts import EXPERT_NAMES as TINY_EXPERTS
@@ -118,7 +119,9 @@ def build_ensemble(
 
 def reward_device(config: RewardConfig, policy: torch.device | str) -> torch.device:
     """The experts' device: the flag's, else the policy's. Raises: UserError naming the flag."""
-    device = torch.device(config.reward_device or policy)
+    device = torch.device(policy)
+    if config.reward_device is not None:
+        device = open_device("reward_device", config.reward_device)
     if config.reward_offload and device.type == "cpu":
         raise UserError("--reward_offload: the experts are on the CPU already")
     return device

@@ -29,6 +29,7 @@ from engine.benchmark_layouts import layout_files
 from engine.checkpoint import atomic_write_text
 from engine.conversation import Conversation
 from engine.data import PromptTemplate, Row, load_prompts, load_template
+from engine.device import HELP, check_device, open_device
 from engine.errors import UserError
 from engine.fingerprint import checkpoint_fingerprint
 from engine.generate import Generation, generate, longest_plan
@@ -62,11 +63,12 @@ class GenerateConfig:
     max_completion_length: int | None = option(None, "longest plan in tokens; none: 512, in a context below 1024 40", at_least=1)
     reasoning_prompt_path: str | None = option(None, "file with the instruction to plan; {} is the prompt")
     batch_size: int = option(64, "pictures sampled at a time", at_least=1)
-    device: str = option("cpu", "cpu, cuda or cuda:N")
+    device: str = option("auto", HELP)
     # fmt: on
 
     def __post_init__(self) -> None:
         check_fields(self)
+        check_device("device", self.device)
         if bool(self.prompt) == (self.prompts is not None):
             raise UserError("give either --prompt TEXT or --prompts FILE")
         if any(not text.strip() for text in self.prompt):
@@ -94,7 +96,7 @@ def sampler(
 
     Picture n is number n % num_generations of prompt n // num_generations.
     """
-    policy = load_policy(config.model, device=config.device)
+    policy = load_policy(config.model, device=open_device("device", config.device))
     conversation = Conversation(policy, template)
     plan = longest_plan(policy, config.max_completion_length) if config.cot else 0
     conversation.check(

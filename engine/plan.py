@@ -13,6 +13,7 @@ import torch
 from transformers import JanusConfig
 
 from engine.config import TrainConfig
+from engine.device import device_kind
 from engine.errors import UserError
 from engine.policy import Policy
 from engine.rope import head_dimension
@@ -142,8 +143,7 @@ def device_memory(device: str) -> tuple[str, int | None]:
     Args:
         device: as in `--device`. The CPU's memory is the machine's, or the container's limit.
     """
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = device_kind(device)
     if device != "cpu":
         index = torch.device(device).index or 0
         if index >= torch.cuda.device_count():
@@ -218,6 +218,5 @@ def describe(config: TrainConfig) -> str:
 
 
 def _of(config: TrainConfig, model: JanusConfig, counts: Counts, dtype: torch.dtype) -> Memory:
-    cuda = config.device.startswith("cuda")
-    cuda = cuda or (config.device == "auto" and torch.cuda.is_available())
-    return memory_needed(model, counts, config, dtype, "cuda" if cuda else "cpu")
+    device = device_kind(config.device).partition(":")[0]
+    return memory_needed(model, counts, config, dtype, device)

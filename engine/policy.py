@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from engine.weights_save import Checkpoint
 
 
+DECODED_PIXELS = 16 * 384**2  # at a time
+
+
 class _Model(nn.Module):
     """Groups the modules under transformers' name `model`."""
 
@@ -231,8 +234,16 @@ class Policy(nn.Module):
 
     @torch.no_grad()
     def decode_images(self, image_ids: Tensor) -> Tensor:
-        """Image tokens to pixels. (B, N) int64 -> (B, 3, H, W) in [0, 1], the policy's dtype."""
-        return self.model.vqmodel.decode(image_ids).clamp(-1, 1).add(1).div(2)
+        """Image tokens to pixels. (B, N) int64 -> (B, 3, H, W) in [0, 1], the policy's dtype.
+
+        A few pictures at a time: one of 384 x 384 needs about 0.35 GB in fp32 meanwhile.
+        """
+        side = self.model.vqmodel.config.num_patches * 2 ** (
+            len(self.model.vqmodel.config.channel_multiplier) - 1
+        )
+        parts = image_ids.split(max(1, DECODED_PIXELS // side**2))
+        pixels = [self.model.vqmodel.decode(part) for part in parts]
+        return torch.cat(pixels).clamp_(-1, 1).add_(1).div_(2)
 
 
 def load_policy(

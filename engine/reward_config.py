@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
+from engine.device import check_device
 from engine.errors import UserError
 from engine.options import nearest, option
 
@@ -52,7 +53,5 @@ class RewardConfig:
                 f"reward_weights must be {len(self.reward_funcs)} numbers, one for each of "
                 f"reward_funcs and not all 0, got {weights}"
             )
-        if self.reward_device and not re.fullmatch(r"cpu|cuda(:\d+)?", self.reward_device):
-            raise UserError(
-                f"reward_device must be cpu, cuda or cuda:N, got {self.reward_device!r}"
-            )
+        if self.reward_device is not None:
+            check_device("reward_device", self.reward_device, auto=False)

@@ -29,6 +29,7 @@ from engine.checkpoint import atomic_write_text, latest_checkpoint
 from engine.config import TrainConfig
 from engine.conversation import Conversation
 from engine.data import PromptSampler, Row, load_prompts, load_template
+from engine.device import open_device
 from engine.errors import UserError, run_command
 from engine.evaluate import evaluate, judge_scores
 from engine.experts import build_ensemble, open_pipeline, reward_device, reward_paths
@@ -53,9 +54,7 @@ class Trainer:
     def __init__(self, config: TrainConfig, rows: list[Row], eval_rows: list[Row]) -> None:
         if config.threads:
             torch.set_num_threads(config.threads)
-        device = config.device
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
+        device = open_device("device", config.device)
         folder = folder_of(config.model)
         template = load_template(folder, config.reasoning_prompt_path)
         dtype = getattr(torch, config.dtype)

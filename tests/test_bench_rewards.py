@@ -61,12 +61,12 @@ def test_overlap_suite_states_its_bound_and_draws_the_timeline(tmp_path):
 
 
 def test_ratios_are_of_the_worst_and_the_second_best(monkeypatch):
-    seconds = {"hps": 4.0, "imagereward": 2.0, "gdino": 1.5, "git": 2.5, "blip": 3.0, "orm": 1.0}
+    seconds = dict(zip(rewards.EXPERTS, (4.0, 2.0, 1.5, 2.5, 3.0, 1.0, 2.0), strict=True))
 
     def compare(name, batch, repeats):
         return [{"correct": True, "seconds": 1.0}, {"correct": True, "seconds": seconds[name]}]
 
-    monkeypatch.setattr(rewards.reward_models, "build", lambda name, folder: name)
+    monkeypatch.setattr(rewards.reward_models, "write", lambda name, folder: lambda: name)
     monkeypatch.setattr(rewards, "compare", compare)
     ratios = rewards.run(rewards.Config())["ratios"]
     assert ratios == {"worst_batched_vs_single": 1.0, "second_best_batched_vs_single": 3.0}

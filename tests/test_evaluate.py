@@ -4,6 +4,7 @@ import json
 import runpy
 import statistics
 import sys
+import threading
 
 import numpy as np
 import pytest
@@ -128,6 +129,11 @@ BAD = {
     "no prompts": (["--prompts", "{tmp}/none.txt"], "none.txt"),
     "no such checkpoint": (["--hps_ckpt_path", "{tmp}/x.pt"], "--hps_ckpt_path"),
     "too long": (["--max_prompt_length", "1"], "max_prompt_length"),
+    "no device": (["--device", "gpu"], "device must be auto"),
+    "absent device": (["--device", "cuda:99"], "--device cuda:99"),
+    "absent device of the experts": (["--reward_device", "cuda:99"], "--reward_device cuda:99"),
+    "offload from the CPU": (["--reward_offload", "--device", "cpu"], "--reward_offload"),
+    "too few weights": (["--reward_weights", "1", "2"], "reward_weights must be 4"),
     "words of another world": (["--prompts", "{tmp}/p.jsonl"], "tiny"),
 }
 
@@ -143,6 +149,16 @@ def test_bad_input_is_one_line_and_exit_code_2(case, tmp_path, monkeypatch, caps
     (line,) = [x for x in shown.err.splitlines() if "images/s" not in x]
     assert line.startswith("error: ") and named in line, line
     assert shown.out == ""
+
+
+def test_weights_and_the_pipeline_are_those_of_training(prompts, capsys):
+    main(["--prompts", prompts, "--reward_funcs", "gdino", "hps", "--reward_weights", "3", "1",
+          "--reward_device", "cpu", "--reward_timeout", "100"])  # fmt: skip
+    report = json.loads(capsys.readouterr().out)
+    means = report["rewards"]
+    assert means["gdino"] != means["hps"]
+    assert report["reward"] == pytest.approx((3 * means["gdino"] + means["hps"]) / 4)
+    assert not [t for t in threading.enumerate() if t.name == "rewards"]
 
 
 def test_the_other_model_is_looked_at_before_the_first_is_scored(prompts, tmp_path, monkeypatch):

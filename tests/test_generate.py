@@ -250,6 +250,8 @@ BAD = {
     "no model": (["--prompts", "{tmp}/p.txt", "--model", "{tmp}/none"], "none"),
     "bad row": (["--prompts", "{tmp}/bad.jsonl"], "bad.jsonl:2"),
     "not a folder": (["--prompts", "{tmp}/p.txt", "--out", "{tmp}/p.txt"], "p.txt: Not a dir"),
+    "no device": (["--prompts", "{tmp}/p.txt", "--device", "gpu"], "device must be auto"),
+    "absent device": (["--prompts", "{tmp}/p.txt", "--device", "cuda:99"], "--device cuda:99"),
     "no slot": (["--prompt", "a", "--reasoning_prompt_path", "{tmp}/p.txt"], "p.txt"),
 }  # fmt: skip
 

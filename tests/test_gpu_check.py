@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from bench import gpu_check
-from bench.gpu import loss, ops, parity
+from bench.gpu import loss, ops, parity, rewards
 from bench.gpu.case import Step, largest
 from bench.gpu.models import Plan, Shape, prompts_of, random_policy
 from bench.gpu.rollout import ModelCheck, loop_seconds
@@ -130,6 +130,35 @@ def test_parity(device):
     rows = rows_of(parity.items(torch.device(device), PLAN, {"tiny": TINY}))
     assert len(rows) == 2 and all(row["correct"] for row in rows), rows
     assert rows[0]["tokens"] == 6 * 4 and rows[0]["different_tokens"] == 0
+
+
+def test_experts_are_held_against_the_cpu_and_run_beside_the_main_work(device):
+    found = rows_of(rewards.items(torch.device(device), experts=("hps", "git"), images=2))
+    assert [row.get("expert") for row in found] == ["hps", "git", None]
+    assert all(row["correct"] for row in found)
+    assert all(row["images_per_s"] > 0 and row["batched_vs_single"] > 0 for row in found[:2])
+    assert found[2]["reward_seconds"] > 0 and found[2]["main_seconds"] > 0
+    assert gpu_check.ratios(found).keys() == {"rewards_hidden_share"}
+
+
+def test_an_expert_that_scores_otherwise_has_no_speed(device, monkeypatch):
+    write = rewards.reward_models.write
+
+    def other(name, folder):
+        made = write(name, folder)
+
+        def load(**options):
+            expert = made(**options)
+            if options:
+                score = expert.score
+                monkeypatch.setattr(expert, "score", lambda *batch: score(*batch) + 0.01)
+            return expert
+
+        return load
+
+    monkeypatch.setattr(rewards.reward_models, "write", other)
+    (row,) = rewards.expert_rows("hps", torch.device(device))
+    assert not row["correct"] and "images_per_s" not in row
 
 
 def test_rollouts_of_a_model(device):

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, JanusForConditionalGeneration
 
+import engine.policy
 from engine.errors import UserError
 from engine.policy import Policy, load_policy
 from engine.rollout import sample_images, sample_text
@@ -74,6 +75,17 @@ def test_decoded_pixels_equal_transformers(pair):
     torch.testing.assert_close(pixels, expected, rtol=0, atol=1e-5)
     assert pixels.shape == (3, 3, 8, 8) and pixels.min() >= 0 and pixels.max() <= 1
     assert pixels.std() > 0.01
+
+
+def test_pictures_are_decoded_a_few_at_a_time(pair, monkeypatch):
+    _, ours = pair()
+    ids = torch.randint(128, (5, 16))
+    whole = ours.decode_images(ids)
+    decode, seen = ours.model.vqmodel.decode, []
+    monkeypatch.setattr(ours.model.vqmodel, "decode", lambda x: (seen.append(len(x)), decode(x))[1])
+    monkeypatch.setattr(engine.policy, "DECODED_PIXELS", 2 * 8 * 8)
+    torch.testing.assert_close(ours.decode_images(ids), whole, rtol=0, atol=1e-6)
+    assert seen == [2, 2, 1]
 
 
 def test_rows_of_a_padded_batch_mean_what_they_mean_alone(pair, make_prompts):

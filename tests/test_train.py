@@ -140,6 +140,7 @@ BAD = {
     "no model": (["--model", "nowhere"], "nowhere"),
     "resume nothing": (["--resume"], "--resume"),
     "expert whose file is missing": (["--gdino_ckpt_path", "x.pth"], "--gdino_ckpt_path"),
+    "absent device": (["--device", "cuda:99"], "--device cuda:99"),
     "no hps file": (["--hps_ckpt_path", "x.pt", "--reward_funcs", "hps"], "--hps_ckpt_path"),
     "run folder is a file": (["--run_name", "taken"], "taken"),
     "bad config key": (["--config", "{tmp}/bad.yaml"], "bad.yaml:1"),
