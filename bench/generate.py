@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, JanusForConditionalGeneration
+from transformers import GenerationConfig, JanusForConditionalGeneration, StaticCache
 
 from bench.rollout import CFG_WEIGHT, TIE, distinct_prompts, mini_policy
 from engine.options import check_fields, option
@@ -132,6 +132,7 @@ def transformers_tokens(
 ) -> Tensor:
     """(B, N) image tokens."""
     ids = torch.stack(prompts)
+    length = ids.shape[1] + model.model.vision_model.config.num_image_tokens
     # Else transformers would draw from the 50 likeliest, with one more pass over the logits.
     whole = {"top_k": 0} if do_sample else {}
     return model.generate(
@@ -140,6 +141,8 @@ def transformers_tokens(
         attention_mask=torch.ones_like(ids),
         generation_mode="image",
         do_sample=do_sample,
+        # The one it would make itself; transformers 5.17 fails to, for want of an argument.
+        past_key_values=StaticCache(model.config.get_text_config(), max_cache_len=length),
         **whole,
     )
 

@@ -4,6 +4,7 @@ import gc
 
 import pytest
 import torch
+from their_images import greedy_images
 from transformers import GenerationConfig
 
 import engine.rollout
@@ -116,13 +117,7 @@ def test_greedy_images_equal_transformers_generate(pair, make_prompts, kv_heads)
         guidance_scale=3.0,
         generation_kwargs={"boi_token_id": 3},
     )
-    ids = torch.stack(prompts)
-    expected = theirs.generate(
-        input_ids=ids,
-        attention_mask=torch.ones_like(ids),
-        generation_mode="image",
-        do_sample=False,
-    )
+    expected = greedy_images(theirs, torch.stack(prompts))
     rollout = sample_images(ours, prompts, cfg_weight=3.0, greedy=True)
     assert len(set(map(tuple, expected.tolist()))) == 3
     assert torch.equal(rollout.ids, expected)

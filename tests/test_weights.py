@@ -18,6 +18,7 @@ from original_layout import (
     write_weights,
 )
 from safetensors.torch import load_file
+from their_images import greedy_images
 from transformers import GenerationConfig, JanusForConditionalGeneration
 
 from engine import convert
@@ -116,15 +117,7 @@ def test_log_probs_tokens_and_pixels_equal_transformers(folders, layout, model):
         guidance_scale=3.0,
         generation_kwargs={"boi_token_id": 4},
     )
-    alone = [
-        theirs.generate(
-            input_ids=p[None],
-            attention_mask=torch.ones_like(p)[None],
-            generation_mode="image",
-            do_sample=False,
-        )
-        for p in prompts
-    ]
+    alone = [greedy_images(theirs, p[None]) for p in prompts]
     together = sample_images(ours, prompts, cfg_weight=3.0, greedy=True)
     assert torch.equal(together.ids, torch.cat(alone))
     assert len(set(map(tuple, together.ids.tolist()))) == 3
@@ -342,12 +335,7 @@ def test_generation_settings_of_the_checkpoint_count(folders, tmp_path):
     assert guidance_scale(str(out), None) == 5.0 and guidance_scale(str(out), 2.0) == 2.0
     theirs = JanusForConditionalGeneration.from_pretrained(out).eval()
     (prompt,) = prompts_of(8)
-    ids = theirs.generate(  # by the generation_config.json that was written
-        input_ids=prompt[None],
-        attention_mask=torch.ones_like(prompt)[None],
-        generation_mode="image",
-        do_sample=False,
-    )
+    ids = greedy_images(theirs, prompt[None])  # by the generation_config.json that was written
     rollout = sample_images(load_policy(str(out)), [prompt], cfg_weight=5.0, greedy=True)
     assert torch.equal(rollout.ids, ids)
     (out / "generation_config.json").write_text('{"guidance_scale": "5"}')
