@@ -168,26 +168,27 @@ def sample_text(
     alive = torch.ones(count, dtype=torch.bool, device=device)
     current = torch.stack([p[-1] for p in distinct])[owner]
     used = 0
-    for step in range(max_new_tokens):
-        hidden = decoder.step(policy.embed_text(current), step)
-        current, logprob, _ = cfg_sample(
-            decoder.logits(hidden),
-            None,
-            cfg_weight=1.0,
-            temperature=temperature,
-            seed=seed,
-            sample_ids=ids,
-            step=step,
-            greedy=greedy,
-            noise=None if greedy else noise.at(step),
-        )
-        tokens[:, step] = torch.where(alive, current, policy.pad)
-        logprobs[:, step] = torch.where(alive, logprob, 0)
-        mask[:, step] = alive
-        alive = alive & (current != policy.eos)
-        used = step + 1
-        if not alive.any():
-            break
+    with torch.inference_mode():
+        for step in range(max_new_tokens):
+            hidden = decoder.step(policy.embed_text(current), step)
+            current, logprob, _ = cfg_sample(
+                decoder.logits(hidden),
+                None,
+                cfg_weight=1.0,
+                temperature=temperature,
+                seed=seed,
+                sample_ids=ids,
+                step=step,
+                greedy=greedy,
+                noise=None if greedy else noise.at(step),
+            )
+            tokens[:, step] = torch.where(alive, current, policy.pad)
+            logprobs[:, step] = torch.where(alive, logprob, 0)
+            mask[:, step] = alive
+            alive = alive & (current != policy.eos)
+            used = step + 1
+            if not alive.any():
+                break
     _require_finite(logprobs, order)
     back = order.argsort()
     return TextRollout(tokens[back, :used], mask[back, :used], logprobs[back, :used])
@@ -254,23 +255,24 @@ def sample_images(
     logprobs = torch.empty((2, count, steps), dtype=torch.float32, device=device)
     last = torch.stack([p[-1] for p in distinct])[owner]
     x = policy.embed_text(last).repeat(2, 1)  # rows: conditional, then unconditional
-    for step in range(steps):
-        logits = decoder.logits(decoder.step(x, step))
-        current, logprobs[0, :, step], logprobs[1, :, step] = cfg_sample(
-            logits[:count],
-            logits[count:],
-            cfg_weight=cfg_weight,
-            temperature=temperature,
-            seed=seed,
-            sample_ids=ids,
-            step=IMAGE_STEP + step,
-            top_k=top_k,
-            top_p=top_p,
-            greedy=greedy,
-            noise=None if greedy else noise.at(step),
-        )
-        tokens[:, step] = current
-        x = table[current].repeat(2, 1)
+    with torch.inference_mode():  # what it writes to was made outside
+        for step in range(steps):
+            logits = decoder.logits(decoder.step(x, step))
+            current, logprobs[0, :, step], logprobs[1, :, step] = cfg_sample(
+                logits[:count],
+                logits[count:],
+                cfg_weight=cfg_weight,
+                temperature=temperature,
+                seed=seed,
+                sample_ids=ids,
+                step=IMAGE_STEP + step,
+                top_k=top_k,
+                top_p=top_p,
+                greedy=greedy,
+                noise=None if greedy else noise.at(step),
+            )
+            tokens[:, step] = current
+            x = table[current].repeat(2, 1)
     _require_finite(logprobs.sum(0), order)
     back = order.argsort()
     return ImageRollout(tokens[back], logprobs[0, back], logprobs[1, back])

@@ -38,7 +38,9 @@ def philox(seed: int, c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor) -> tuple[T
 
 def _mix(product: Tensor, word: Tensor, key: int) -> Tensor:
     """High half of the product ^ word ^ key, as a 32-bit word."""
-    return ((product >> 32) ^ word).bitwise_xor_(key).bitwise_and_(_MASK)
+    high = product >> 32
+    high = high.bitwise_xor_(word) if high.shape == word.shape else high ^ word
+    return high.bitwise_xor_(key).bitwise_and_(_MASK)
 
 
 def gumbel(seed: int, sample_ids: Tensor, steps: Tensor, vocab: int) -> Tensor:
