@@ -20,13 +20,8 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from rewards.bert_vocabulary import BERT_IDS, read_vocabulary
 from rewards.checkpoint import config_from, read_config, read_image_settings, read_json
-from rewards.detection import (
-    Detections,
-    detection_scores,
-    questions_of,
-    suppress,
-    to_corners,
-)
+from rewards.detection import Detections, questions_of, to_corners
+from rewards.detector import DetectorExpert
 from rewards.gdino_weights import load_folder, load_official, swin_t_config
 from rewards.preprocess import normalize, resize, shortest_edge_size
 
@@ -51,7 +46,7 @@ class Captions(NamedTuple):
     """(B, P, L) fp32, 1 / its number of tokens on each token of a phrase; padding is all zeros."""
 
 
-class GroundingDino:
+class GroundingDino(DetectorExpert):
     """The detector expert; one class for the authors' file and transformers' folders."""
 
     name = "gdino"
@@ -91,8 +86,14 @@ class GroundingDino:
             batch_size: pictures in one forward; bounds the memory.
         Raises: ValueError naming the file, and the key, that cannot be used.
         """
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        super().__init__(
+            device=device,
+            dtype=dtype,
+            box_threshold=box_threshold,
+            iou_threshold=iou_threshold,
+            attributes=attributes,
+            batch_size=batch_size,
+        )
         path = Path(checkpoint)
         # First, or a wrong path would be reported as a missing vocabulary.
         if not path.exists():
@@ -116,35 +117,11 @@ class GroundingDino:
         self._max_tokens = architecture.max_text_len
         model.model.text_backbone = OncePerCaption(model.model.text_backbone)
         self._model: Any = model
-        self._device = torch.device(device)
-        self._dtype = dtype
-        self._box_threshold = box_threshold
-        self._iou_threshold = iou_threshold
-        self._attributes = attributes
-        self._batch_size = batch_size
 
     def prepare(self, prompts: list[str], metadata: list[dict[str, Any]]) -> None:
         """Tokenise ahead, while the pictures are still being drawn; `score` finds it done."""
         for names in questions_of(metadata, attributes=self._attributes).names:
             self._caption(names)
-
-    @torch.inference_mode()
-    def score(self, prompts: list[str], images: Tensor, metadata: list[dict[str, Any]]) -> Tensor:
-        """The detector reward, (B,) fp32 in [0, 1]; see rewards/detection.py.
-
-        Args:
-            prompts: B; not used, the rows say what to look for.
-            images: (B, 3, H, W) float in [0, 1].
-            metadata: B prompt rows.
-        Raises: ValueError naming the row that names nothing, an unknown locality, or names too
-            long for one caption.
-        """
-        questions = questions_of(metadata, attributes=self._attributes)
-        found = self.detect(images, questions.names)
-        found = suppress(found, self._iou_threshold)
-        size = (images.shape[-2], images.shape[-1])
-        scores = detection_scores(questions.to(self._device), found, image_size=size)
-        return scores.to(images.device)
 
     @torch.inference_mode()
     def detect(self, images: Tensor, names: list[list[str]]) -> Detections:
@@ -161,9 +138,7 @@ class GroundingDino:
             part = slice(start, start + self._batch_size)
             captions = self.captions(names[part], width)
             pixels = self.preprocess(images[part].to(self._device))
-            with torch.autocast(
-                self._device.type, self._dtype, enabled=self._dtype != torch.float32
-            ):
+            with self._autocast():
                 out = self._model(
                     pixel_values=pixels, input_ids=captions.ids, attention_mask=captions.mask
                 )

@@ -21,11 +21,12 @@ from rewards.checkpoint import (
     read_tokenizer,
     weight_files,
 )
-from rewards.detection import Detections, detection_scores, questions_of, suppress, to_corners
+from rewards.detection import Detections, questions_of, to_corners
+from rewards.detector import DetectorExpert
 from rewards.preprocess import blur_and_resize, normalize, pad_to_square
 
 
-class Owl:
+class Owl(DetectorExpert):
     """The detector expert on OWLv2, with the formulas and options of the GroundingDINO one."""
 
     name = "owl"
@@ -57,8 +58,14 @@ class Owl:
             batch_size: pictures in one forward; bounds the memory.
         Raises: ValueError naming the file, and the key, that cannot be used.
         """
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        super().__init__(
+            device=device,
+            dtype=dtype,
+            box_threshold=box_threshold,
+            iou_threshold=iou_threshold,
+            attributes=attributes,
+            batch_size=batch_size,
+        )
         if query.count("{}") != 1:
             raise ValueError(f"query must hold one {{}} for the name, got {query!r}")
         folder = Path(checkpoint)
@@ -78,34 +85,12 @@ class Owl:
             AutoModelForZeroShotObjectDetection, config, source, device=device, dtype=torch.float32
         )
         load_weights(self._model, weight_files(folder))
-        self._device = torch.device(device)
-        self._dtype = dtype
-        self._box_threshold = box_threshold
-        self._iou_threshold = iou_threshold
-        self._attributes = attributes
-        self._batch_size = batch_size
 
     def prepare(self, prompts: list[str], metadata: list[dict[str, Any]]) -> None:
         """Tokenise ahead, while the pictures are still being drawn; `score` finds it done."""
         for names in questions_of(metadata, attributes=self._attributes).names:
             for name in names:
                 self._encode(name)
-
-    @torch.inference_mode()
-    def score(self, prompts: list[str], images: Tensor, metadata: list[dict[str, Any]]) -> Tensor:
-        """The detector reward, (B,) fp32 in [0, 1]; see rewards/detection.py.
-
-        Args:
-            prompts: B; not used, the rows say what to look for.
-            images: (B, 3, H, W) float in [0, 1].
-            metadata: B prompt rows.
-        Raises: ValueError naming the row that names nothing, or an unknown locality.
-        """
-        questions = questions_of(metadata, attributes=self._attributes)
-        found = suppress(self.detect(images, questions.names), self._iou_threshold)
-        size = (images.shape[-2], images.shape[-1])
-        scores = detection_scores(questions.to(self._device), found, image_size=size)
-        return scores.to(images.device)
 
     @torch.inference_mode()
     def detect(self, images: Tensor, names: list[list[str]]) -> Detections:
@@ -151,9 +136,6 @@ class Owl:
         """
         square = pad_to_square(images.float(), centered=False)
         return normalize(blur_and_resize(square, self._side), self._mean, self._std)
-
-    def _autocast(self) -> torch.autocast:
-        return torch.autocast(self._device.type, self._dtype, enabled=self._dtype != torch.float32)
 
     def _encode_names(self, names: list[str]) -> Tensor:
         """(N, D) text features of N names, padded to the longest."""
