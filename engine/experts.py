@@ -11,6 +11,7 @@ import torch
 
 from engine.device import open_device
 from engine.errors import UserError
+from engine.image_modules import picture_side
 from engine.reward_config import EXPERTS, RewardConfig
 from engine.tiny.experts import EXPERT_NAMES as TINY_EXPERTS
 from engine.tiny.experts import build_experts
@@ -62,9 +63,7 @@ def draws_tiny_world(model: str) -> bool:
 
     Args: model: a checkpoint folder, hub id or "tiny".
     """
-    config = read_config(folder_of(model))
-    grid = config.vision_config.image_size // config.vision_config.patch_size
-    return grid * 2 ** (len(config.vq_config.channel_multiplier) - 1) == IMAGE_SIZE
+    return picture_side(read_config(folder_of(model))) == IMAGE_SIZE
 
 
 def build_ensemble(

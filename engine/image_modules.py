@@ -5,6 +5,12 @@ from torch import Tensor, nn
 from transformers import JanusConfig
 
 
+def picture_side(config: JanusConfig) -> int:
+    """Pixels of a picture's side: its grid of tokens, doubled between the decoder's levels."""
+    vq = config.vq_config
+    return vq.num_patches * 2 ** (len(vq.channel_multiplier) - 1)
+
+
 class Aligner(nn.Module):
     """Maps a codebook vector to the trunk's width (Janus' generation aligner)."""
 

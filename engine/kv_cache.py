@@ -122,11 +122,12 @@ class _Block:
         self.start = 0 if self.shared else self.width
         own = (layers, 2, len(self.q), self.start + suffix_length, head_dim)
         self.keys_values = prefixes.keys.new_empty(own)
-        stored = (prefixes.keys.flatten(1, 2), prefixes.values.flatten(1, 2))
+        keys, values = prefixes.keys.flatten(1, 2), prefixes.values.flatten(1, 2)
         if self.shared:  # (layers, groups * Hkv, P, hd)
-            self.prefix_keys, self.prefix_values = stored[0].mT.unbind(), stored[1].unbind()
+            self.prefix_keys, self.prefix_values = keys.mT.unbind(), values.unbind()
         else:
-            self.keys_values[:, :, :, : self.width] = torch.stack(stored, 1)
+            self.keys_values[:, 0, :, : self.width] = keys
+            self.keys_values[:, 1, :, : self.width] = values
 
     def begin(self, slot: int, buffers: "_Buffers") -> None:
         """Make suffix position `slot` the last."""

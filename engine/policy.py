@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import JanusConfig, PreTrainedTokenizerBase
 from transformers.models.janus.modeling_janus import JanusVQVAE
 
-from engine.image_modules import Aligner, ImageHead
+from engine.image_modules import Aligner, ImageHead, picture_side
 from engine.layers import LanguageModel
 from engine.rope import rope_tables
 from engine.token_tree import TokenTree, worthwhile_tree
@@ -238,10 +238,7 @@ class Policy(nn.Module):
 
         A few pictures at a time: one of 384 x 384 needs about 0.35 GB in fp32 meanwhile.
         """
-        side = self.model.vqmodel.config.num_patches * 2 ** (
-            len(self.model.vqmodel.config.channel_multiplier) - 1
-        )
-        parts = image_ids.split(max(1, DECODED_PIXELS // side**2))
+        parts = image_ids.split(max(1, DECODED_PIXELS // picture_side(self.config) ** 2))
         pixels = [self.model.vqmodel.decode(part) for part in parts]
         return torch.cat(pixels).clamp_(-1, 1).add_(1).div_(2)
 

@@ -101,6 +101,21 @@ def weight_files(folder: Path) -> list[Path]:
     raise ValueError(f"{folder / WEIGHT_NAMES[0]}: no such file, nor {WEIGHT_NAMES[1]}")
 
 
+def read_pickle(file: Path) -> Any:
+    """What torch.save wrote, as data: no code of the file is run.
+
+    Raises: ValueError naming the file.
+    """
+    try:
+        # Mapped, a shard costs no memory of its own; only the zip format can be.
+        return torch.load(
+            file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file)
+        )
+    # A damaged pickle can raise anything.
+    except Exception as error:
+        raise ValueError(f"{file}: not a weights file ({reason(error)})") from error
+
+
 def read_tensors(file: Path) -> Iterator[tuple[str, Tensor]]:
     """The keys and tensors of one weights file, on the CPU and only valid until the next one.
 
@@ -117,14 +132,7 @@ def read_tensors(file: Path) -> Iterator[tuple[str, Tensor]]:
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{file}: not a safetensors file ({reason(error)})") from error
         return
-    try:
-        # Mapped, a shard costs no memory of its own; only the zip format can be.
-        content = torch.load(
-            file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file)
-        )
-    # A damaged pickle can raise anything.
-    except Exception as error:
-        raise ValueError(f"{file}: not a weights file ({reason(error)})") from error
+    content = read_pickle(file)
     if not isinstance(content, dict):
         raise ValueError(f"{file}: wanted a dict of tensors, got {type(content).__name__}")
     for key, tensor in content.items():

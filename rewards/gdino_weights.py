@@ -8,7 +8,6 @@ weights of the published shape: where both choose the same proposals, logits agr
 """
 
 import re
-import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
@@ -22,7 +21,7 @@ from transformers import (
     SwinConfig,
 )
 
-from rewards.checkpoint import build_model, read_tensors, reason, weight_files
+from rewards.checkpoint import build_model, read_pickle, read_tensors, weight_files
 
 SWIN = "model.backbone.conv_encoder.model.swin."
 NORMS = "model.backbone.conv_encoder.model.hidden_states_norms."
@@ -216,13 +215,7 @@ def official_tensors(path: Path) -> Iterator[tuple[Path, str, Tensor]]:
     """The file's path, and its keys and tensors; mapped, not read, where the format allows."""
     if not path.is_file():
         raise ValueError(f"{path}: no such GroundingDINO checkpoint")
-    try:
-        content = torch.load(
-            path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
-        )
-    # A damaged pickle can raise anything.
-    except Exception as error:
-        raise ValueError(f"{path}: not a weights file ({reason(error)})") from error
+    content = read_pickle(path)
     if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
         raise ValueError(f"{path}: holds no 'model', as groundingdino_swint_ogc.pth does")
     for key, tensor in content["model"].items():

@@ -16,6 +16,8 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from rewards.checkpoint import read_pickle
+
 CONFIG_FILE, WEIGHTS_FILE, TOKENIZER_FILE = (
     "open_clip_config.json",
     "open_clip_model.safetensors",
@@ -124,12 +126,7 @@ def _load_file(path: Path, model_name: str) -> Loaded:
     config = open_clip.get_model_config(model_name)
     if config is None:
         raise ValueError(f"open_clip knows no model {model_name!r}")
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    # A damaged pickle can raise anything.
-    except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"{path}: not a weights file ({reason})") from error
+    content = read_pickle(path)
     if not isinstance(content, dict) or not isinstance(content.get("state_dict"), dict):
         raise ValueError(f"{path}: holds no 'state_dict'")
     model = _build(config)

@@ -9,6 +9,7 @@ import weakref
 
 import pytest
 import torch
+from expert_faults import out_of_memory, wait_until
 from torch import nn
 
 import rewards.ensemble
@@ -51,13 +52,6 @@ class Answers:
 
 def reward_threads():
     return [t for t in threading.enumerate() if t.name == "rewards"]
-
-
-def wait_until(ready):
-    deadline = time.monotonic() + 10
-    while not ready():
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
 
 
 @pytest.fixture(autouse=True)
@@ -173,10 +167,6 @@ def test_even_an_exit_in_an_expert_reaches_the_caller():
             pipeline.submit(*BATCH).result()
         with pytest.raises(SystemExit):
             pipeline.submit(*BATCH).result()  # the thread lives
-
-
-def out_of_memory(count):
-    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nMore follows.")
 
 
 def too_large(count):

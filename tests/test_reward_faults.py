@@ -4,16 +4,13 @@ import time
 
 import pytest
 import torch
+from expert_faults import out_of_memory, wait_until
 
 from engine.checkpoint import optimizer_tensors
 from engine.config import TrainConfig
 from engine.options import parse_args
 from engine.train import Trainer
 from rewards import Ensemble, RewardError, RewardPipeline
-
-
-def out_of_memory(count):
-    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nMore follows.")
 
 
 def raises(count):
@@ -23,13 +20,6 @@ def raises(count):
 def hangs(count):
     time.sleep(1)
     return torch.zeros(count)
-
-
-def wait_until(ready):
-    deadline = time.monotonic() + 10
-    while not ready():
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
 
 
 FAULTS = {
