@@ -15,9 +15,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench.eager_loop import EagerLoop
-from engine.decode_cuda import StaticDecoder
 from engine.policy import Policy
-from engine.static_step import Sampling
+from engine.sampling import Sampling
+from engine.static_decode import StaticDecoder
 
 # Ops that return new memory without touching it.
 ALLOCATIONS = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")

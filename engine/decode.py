@@ -1,19 +1,116 @@
-"""One decode step on a CPU, all rows at once, over the static cache.
+"""Decoding in eager PyTorch, all rows at once, over the static cache.
 
-CUDA takes engine/static_step.py.
+For CPUs where the C ops are not: weights that are not fp32, machines without a C compiler. All else
+takes engine/static_decode.py.
 """
 
+from collections.abc import Sequence
 from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from engine.kv_cache import KVCache
+from engine.kv_cache import KVCache, prefill, share
 from engine.layers import RMSNorm
 from engine.packed_linear import BlockedLinear
 from engine.policy import Policy
 from engine.rope import rope_tables
+from engine.sampling import Decoded, Sampling, distinct_prompts
+from kernels import cfg_sample
+from kernels.philox import gumbel
+
+NOISE_BLOCK = 1 << 16  # Gumbel variables drawn at a time: few enough to stay in cache
+
+
+@torch.no_grad()
+def decode_eager(
+    policy: Policy, prompts: Sequence[Tensor], *, steps: int, sampling: Sampling
+) -> Decoded:
+    """Draw up to `steps` tokens for each of B prompts (L_i,).
+
+    Raises: FloatingPointError naming row and step of the first bad logits.
+    """
+    distinct, owner, order = distinct_prompts(prompts)
+    device, count, image = policy.device, len(prompts), sampling.image
+    ids = sampling.sample_ids[order]
+    lengths = torch.tensor([len(p) for p in distinct], device=device)[owner] - 1
+    heads = [p[:-1] for p in distinct]
+    branches = 2 if image else 1  # rows: conditional, then unconditional
+    if image:
+        # Every unconditional prefix is a head of the longest one, image-start being a suffix token.
+        heads.append(policy.unconditional(max(distinct, key=len))[:-1])
+    keys, values = prefill(policy, heads)
+    own = len(distinct)
+    prefixes = [share(keys[:, :own], values[:, :own], lengths, owner=owner)]
+    if image:
+        nobody = torch.zeros_like(owner)
+        prefixes.append(share(keys[:, own:], values[:, own:], lengths, owner=nobody))
+    cache = KVCache(policy, prefixes, steps)
+    decoder = Decoder(policy, cache, lengths.repeat(branches), steps, image=image)
+    config, trunk = policy.config, policy.model.language_model
+    vocab = config.vq_config.num_embeddings if image else config.text_config.vocab_size
+    table = policy.image_table() if image else trunk.embed_tokens.weight
+    noise = _Noise(sampling.seed, ids, vocab, sampling.first_step, steps)
+    tokens = torch.full((count, steps), policy.pad, device=device)
+    logprobs = torch.zeros((2, count, steps), dtype=torch.float32, device=device)
+    mask = torch.zeros((count, steps), dtype=torch.bool, device=device)
+    alive = torch.ones(count, dtype=torch.bool, device=device)
+    last = torch.stack([p[-1] for p in distinct])[owner]
+    x = policy.embed_text(last).repeat(branches, 1)
+    used = 0
+    with torch.inference_mode():  # what it writes to was made outside
+        while used < steps and alive.any():
+            logits = decoder.logits(decoder.step(x, used))
+            token, *drawn = cfg_sample(
+                logits[:count],
+                logits[count:] if image else None,
+                cfg_weight=sampling.cfg_weight,
+                temperature=sampling.temperature,
+                seed=sampling.seed,
+                sample_ids=ids,
+                step=sampling.first_step + used,
+                top_k=sampling.top_k,
+                top_p=sampling.top_p,
+                greedy=sampling.greedy,
+                noise=None if sampling.greedy else noise.at(used),
+            )
+            tokens[:, used] = torch.where(alive, token, policy.pad)
+            for kept, logprob in zip(logprobs, drawn, strict=True):
+                kept[:, used] = torch.where(alive, logprob, 0)
+            mask[:, used] = alive
+            x = table[token].repeat(branches, 1)
+            if not image:
+                alive &= token != policy.eos
+            used += 1
+    _require_finite(logprobs.sum(0), order)
+    return Decoded(tokens, *logprobs, mask).columns(used).rows(order.argsort())
+
+
+class _Noise:
+    """Gumbel noise for consecutive steps, drawn a few steps at a time."""
+
+    def __init__(self, seed: int, sample_ids: Tensor, vocab: int, first: int, steps: int) -> None:
+        self.seed, self.sample_ids, self.vocab = seed, sample_ids, vocab
+        self.first, self.steps = first, steps
+        self.ahead = max(1, NOISE_BLOCK // (len(sample_ids) * vocab))
+        self.block: Tensor | None = None
+
+    def at(self, step: int) -> Tensor:
+        """(B, V) fp32 noise of a step; steps are asked for in order."""
+        if step % self.ahead == 0:
+            count = min(self.ahead, self.steps - step)
+            steps = torch.arange(count, device=self.sample_ids.device) + self.first + step
+            self.block = gumbel(self.seed, self.sample_ids, steps, self.vocab)
+        return self.block[step % self.ahead]
+
+
+def _require_finite(logprobs: Tensor, order: Tensor) -> None:
+    """A NaN or all -inf row of logits shows as a non-finite log-prob; name its first place."""
+    bad = (~logprobs.isfinite()).nonzero()
+    if len(bad):
+        row, step = bad[0].tolist()
+        raise FloatingPointError(f"logits of row {int(order[row])} at step {step} are not finite")
 
 
 class Decoder:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from transformers import JanusConfig
 
 from engine.policy import Policy
 from engine.rope import head_dimension, rope_tables
@@ -39,6 +40,13 @@ class Prefixes:
     @property
     def rows(self) -> int:
         return self.keys.shape[1] * self.size
+
+
+def kv_bytes(model: JanusConfig, dtype: torch.dtype) -> int:
+    """Bytes of one token's keys and values, of all layers, in one row."""
+    text = model.text_config
+    values = text.num_hidden_layers * text.num_key_value_heads * head_dimension(model)
+    return 2 * values * dtype.itemsize
 
 
 @torch.no_grad()

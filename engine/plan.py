@@ -15,6 +15,7 @@ from transformers import JanusConfig
 from engine.config import TrainConfig
 from engine.device import device_kind
 from engine.errors import UserError
+from engine.kv_cache import kv_bytes
 from engine.policy import Policy
 from engine.rope import head_dimension
 from engine.weights import count_tower, folder_of, read_config
@@ -115,13 +116,6 @@ def memory_needed(
             batch * branches * tokens * activation_bytes(model, dtype)
         )
     return Memory(held, rollout, update)
-
-
-def kv_bytes(model: JanusConfig, dtype: torch.dtype) -> int:
-    """Bytes of one token's keys and values, of all layers, in one row."""
-    text = model.text_config
-    values = text.num_hidden_layers * text.num_key_value_heads * head_dimension(model)
-    return 2 * values * dtype.itemsize
 
 
 def activation_bytes(model: JanusConfig, dtype: torch.dtype) -> int:

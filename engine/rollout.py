@@ -10,19 +10,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from engine.decode import Decoder
-from engine.decode_cuda import StaticDecoder
+from engine.decode import decode_eager
 from engine.errors import UserError
-from engine.kv_cache import KVCache, prefill, share
 from engine.policy import Policy
-from engine.static_step import Sampling
-from kernels import cfg_sample
+from engine.sampling import Decoded, Sampling
+from engine.static_decode import decode_static
+from engine.static_step import has_c_ops
 from kernels.dispatch import use_triton
-from kernels.philox import gumbel
 
 # Text and image draws of one sample must not share noise: image steps are numbered from here.
 IMAGE_STEP = 1 << 20
-NOISE_BLOCK = 1 << 16  # Gumbel variables drawn at a time: few enough to stay in cache
 
 
 @dataclass(slots=True)
@@ -55,24 +52,6 @@ class ImageRollout:
     guided_logprobs: Tensor
 
 
-class _Noise:
-    """Gumbel noise for consecutive steps, drawn a few steps at a time."""
-
-    def __init__(self, seed: int, sample_ids: Tensor, vocab: int, first: int, steps: int) -> None:
-        self.seed, self.sample_ids, self.vocab = seed, sample_ids, vocab
-        self.first, self.steps = first, steps
-        self.ahead = max(1, NOISE_BLOCK // (len(sample_ids) * vocab))
-        self.block: Tensor | None = None
-
-    def at(self, step: int) -> Tensor:
-        """(B, V) fp32 noise of a step; steps are asked for in order."""
-        if step % self.ahead == 0:
-            count = min(self.ahead, self.steps - step)
-            steps = torch.arange(count, device=self.sample_ids.device) + self.first + step
-            self.block = gumbel(self.seed, self.sample_ids, steps, self.vocab)
-        return self.block[step % self.ahead]
-
-
 def _check(policy: Policy, prompts: Sequence[Tensor], new_tokens: int, temperature: float) -> None:
     if not prompts:
         raise UserError("prompts: wanted at least one, got none")
@@ -88,20 +67,6 @@ def _check(policy: Policy, prompts: Sequence[Tensor], new_tokens: int, temperatu
             )
 
 
-def _group(prompts: Sequence[Tensor]) -> tuple[list[Tensor], Tensor, Tensor]:
-    """Distinct prompts, each row's prompt once rows are sorted by it, and the sorting order."""
-    index: dict[tuple[int, ...], int] = {}
-    owner = [index.setdefault(tuple(p.tolist()), len(index)) for p in prompts]
-    order = sorted(range(len(owner)), key=owner.__getitem__)  # stable
-    distinct = [prompts[owner.index(u)] for u in range(len(index))]
-    device = prompts[0].device
-    return (
-        distinct,
-        torch.tensor([owner[i] for i in order], device=device),
-        torch.tensor(order, device=device),
-    )
-
-
 def _sample_ids(given: Tensor | None, count: int, device: torch.device) -> Tensor:
     ids = torch.arange(count, device=device) if given is None else given.to(device)
     if ids.shape != (count,):
@@ -109,12 +74,10 @@ def _sample_ids(given: Tensor | None, count: int, device: torch.device) -> Tenso
     return ids
 
 
-def _require_finite(logprobs: Tensor, order: Tensor) -> None:
-    """A NaN or all -inf row of logits shows as a non-finite log-prob; name its first place."""
-    bad = (~logprobs.isfinite()).nonzero()
-    if len(bad):
-        row, step = bad[0].tolist()
-        raise FloatingPointError(f"logits of row {int(order[row])} at step {step} are not finite")
+def _decode(policy: Policy, prompts: Sequence[Tensor], steps: int, sampling: Sampling) -> Decoded:
+    static = use_triton(policy.lm_head.weight) or has_c_ops(policy)
+    decode = decode_static if static else decode_eager
+    return decode(policy, prompts, steps=steps, sampling=sampling)
 
 
 @torch.no_grad()
@@ -138,60 +101,16 @@ def sample_text(
         row and step of non-finite logits.
     """
     _check(policy, prompts, max_new_tokens, temperature)
-    distinct, owner, order = _group(prompts)
-    device = policy.device
-    count = len(prompts)
-    ids = _sample_ids(sample_ids, count, device)[order]
-    if use_triton(policy.lm_head.weight):
-        sampling = Sampling(
-            image=False,
-            first_step=0,
-            sample_ids=ids,
-            temperature=temperature,
-            seed=seed,
-            greedy=greedy,
-        )
-        drawn = StaticDecoder(
-            policy, distinct, owner, order, steps=max_new_tokens, sampling=sampling
-        ).decode()
-        back = order.argsort()
-        return TextRollout(drawn.ids[back], drawn.mask[back], drawn.logprobs[back])
-    lengths = torch.tensor([len(p) for p in distinct], device=device)[owner] - 1
-    keys, values = prefill(policy, [p[:-1] for p in distinct])
-    prefixes = share(keys, values, lengths, owner=owner)
-    cache = KVCache(policy, [prefixes], max_new_tokens)
-    decoder = Decoder(policy, cache, lengths, max_new_tokens, image=False)
-    noise = _Noise(seed, ids, policy.config.text_config.vocab_size, 0, max_new_tokens)
-    tokens = torch.full((count, max_new_tokens), policy.pad, device=device)
-    logprobs = torch.zeros((count, max_new_tokens), dtype=torch.float32, device=device)
-    mask = torch.zeros((count, max_new_tokens), dtype=torch.bool, device=device)
-    alive = torch.ones(count, dtype=torch.bool, device=device)
-    current = torch.stack([p[-1] for p in distinct])[owner]
-    used = 0
-    with torch.inference_mode():
-        for step in range(max_new_tokens):
-            hidden = decoder.step(policy.embed_text(current), step)
-            current, logprob, _ = cfg_sample(
-                decoder.logits(hidden),
-                None,
-                cfg_weight=1.0,
-                temperature=temperature,
-                seed=seed,
-                sample_ids=ids,
-                step=step,
-                greedy=greedy,
-                noise=None if greedy else noise.at(step),
-            )
-            tokens[:, step] = torch.where(alive, current, policy.pad)
-            logprobs[:, step] = torch.where(alive, logprob, 0)
-            mask[:, step] = alive
-            alive = alive & (current != policy.eos)
-            used = step + 1
-            if not alive.any():
-                break
-    _require_finite(logprobs, order)
-    back = order.argsort()
-    return TextRollout(tokens[back, :used], mask[back, :used], logprobs[back, :used])
+    sampling = Sampling(
+        image=False,
+        first_step=0,
+        sample_ids=_sample_ids(sample_ids, len(prompts), policy.device),
+        temperature=temperature,
+        seed=seed,
+        greedy=greedy,
+    )
+    drawn = _decode(policy, prompts, max_new_tokens, sampling)
+    return TextRollout(drawn.ids, drawn.mask, drawn.logprobs)
 
 
 @torch.no_grad()
@@ -218,61 +137,17 @@ def sample_images(
     Raises: UserError naming the prompt that does not fit the context; FloatingPointError naming
         row and step of non-finite logits.
     """
-    steps = policy.image_tokens
-    _check(policy, prompts, steps, temperature)
-    distinct, owner, order = _group(prompts)
-    device = policy.device
-    count = len(prompts)
-    ids = _sample_ids(sample_ids, count, device)[order]
-    if use_triton(policy.lm_head.weight):
-        sampling = Sampling(
-            image=True,
-            first_step=IMAGE_STEP,
-            sample_ids=ids,
-            temperature=temperature,
-            seed=seed,
-            greedy=greedy,
-            cfg_weight=cfg_weight,
-            top_k=top_k,
-            top_p=top_p,
-        )
-        drawn = StaticDecoder(
-            policy, distinct, owner, order, steps=steps, sampling=sampling
-        ).decode()
-        back = order.argsort()
-        return ImageRollout(drawn.ids[back], drawn.logprobs[back], drawn.guided_logprobs[back])
-    lengths = torch.tensor([len(p) for p in distinct], device=device)[owner] - 1
-    # Every unconditional prefix is a head of the longest one, image-start being a suffix token.
-    blank = policy.unconditional(max(distinct, key=len))[:-1]
-    keys, values = prefill(policy, [*(p[:-1] for p in distinct), blank])
-    cond = share(keys[:, :-1], values[:, :-1], lengths, owner=owner)
-    uncond = share(keys[:, -1:], values[:, -1:], lengths, owner=torch.zeros_like(owner))
-    cache = KVCache(policy, [cond, uncond], steps)
-    decoder = Decoder(policy, cache, lengths.repeat(2), steps, image=True)
-    noise = _Noise(seed, ids, policy.config.vq_config.num_embeddings, IMAGE_STEP, steps)
-    table = policy.image_table()
-    tokens = torch.empty((count, steps), dtype=torch.int64, device=device)
-    logprobs = torch.empty((2, count, steps), dtype=torch.float32, device=device)
-    last = torch.stack([p[-1] for p in distinct])[owner]
-    x = policy.embed_text(last).repeat(2, 1)  # rows: conditional, then unconditional
-    with torch.inference_mode():  # what it writes to was made outside
-        for step in range(steps):
-            logits = decoder.logits(decoder.step(x, step))
-            current, logprobs[0, :, step], logprobs[1, :, step] = cfg_sample(
-                logits[:count],
-                logits[count:],
-                cfg_weight=cfg_weight,
-                temperature=temperature,
-                seed=seed,
-                sample_ids=ids,
-                step=IMAGE_STEP + step,
-                top_k=top_k,
-                top_p=top_p,
-                greedy=greedy,
-                noise=None if greedy else noise.at(step),
-            )
-            tokens[:, step] = current
-            x = table[current].repeat(2, 1)
-    _require_finite(logprobs.sum(0), order)
-    back = order.argsort()
-    return ImageRollout(tokens[back], logprobs[0, back], logprobs[1, back])
+    _check(policy, prompts, policy.image_tokens, temperature)
+    sampling = Sampling(
+        image=True,
+        first_step=IMAGE_STEP,
+        sample_ids=_sample_ids(sample_ids, len(prompts), policy.device),
+        temperature=temperature,
+        seed=seed,
+        greedy=greedy,
+        cfg_weight=cfg_weight,
+        top_k=top_k,
+        top_p=top_p,
+    )
+    drawn = _decode(policy, prompts, policy.image_tokens, sampling)
+    return ImageRollout(drawn.ids, drawn.logprobs, drawn.guided_logprobs)

@@ -6,21 +6,23 @@ advances the step counter. All that varies during a rollout lives in device tens
 captured once as a CUDA graph can be replayed for all others.
 """
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from engine.packed_linear import packed
 from engine.policy import Policy
 from engine.rope import head_dimension, rope_tables
+from engine.sampling import Sampling
+from engine.step_weights import StepWeights
 from kernels.decode_attention import (
+    MOST_HEAD_DIM_C,
     decode_attention,
     decode_attention_workspace,
     prefix_tiles,
     tile_rows,
 )
+from kernels.dispatch import use_c, use_triton
 from kernels.head_sample import head_sample, head_workspace
 from kernels.kv_append import kv_append
 from kernels.rms_norm import rms_norm
@@ -28,63 +30,18 @@ from kernels.sample_step import sample_step, sample_workspace
 from kernels.swiglu import swiglu
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Sampling:
-    """How tokens are drawn.
-
-    Attributes:
-        image: image tokens under guidance, else text until end-of-sequence.
-        first_step: noise step of the first token.
-        sample_ids: (B,) int64.
-    """
-
-    image: bool
-    first_step: int
-    sample_ids: Tensor
-    temperature: float
-    seed: int
-    greedy: bool
-    cfg_weight: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-
-
-@dataclass(frozen=True, slots=True)
-class _Linear:
-    weight: Tensor  # (in, out), a view of the parameter
-    bias: Tensor | None
-
-    def into(self, out: Tensor, x: Tensor) -> None:
-        if self.bias is None:
-            torch.mm(x, self.weight, out=out)
-        else:
-            torch.addmm(self.bias, x, self.weight, out=out)
-
-
-def _linear(*modules: nn.Linear) -> _Linear:
-    weight, bias = packed(*modules)
-    return _Linear(weight.t(), bias)
-
-
-@dataclass(frozen=True, slots=True)
-class _Layer:
-    norm1: Tensor
-    qkv: _Linear
-    out: _Linear
-    norm2: Tensor
-    gate_up: _Linear
-    down: _Linear
-    keys: Tensor  # (R, Hkv, S, hd)
-    values: Tensor
-    prefix_keys: Tensor  # (U, Hkv, P, hd)
-    prefix_values: Tensor
+def has_c_ops(policy: Policy) -> bool:
+    """Whether the C ops can decode this policy, here and now."""
+    head_dim = head_dimension(policy.config)
+    return use_c(policy.lm_head.weight) and not head_dim % 16 and head_dim <= MOST_HEAD_DIM_C
 
 
 class StaticStep:
     """Buffers and launches of one rollout.
 
     Args:
-        policy: the policy; its weights are read where they are.
+        policy: the policy.
+        weights: its weights, for what is drawn.
         row_prefix: (R,) int64, the prefix of each row: B conditional rows, then for images B
             unconditional ones.
         lengths: (R,) how much of its prefix each row uses.
@@ -104,6 +61,7 @@ class StaticStep:
     def __init__(
         self,
         policy: Policy,
+        weights: StepWeights,
         row_prefix: Tensor,
         lengths: Tensor,
         prefix_keys: Tensor,
@@ -114,7 +72,8 @@ class StaticStep:
         sampling: Sampling,
         fused_head: bool,
     ) -> None:
-        self.policy, self.sampling, self.steps = policy, sampling, steps
+        self.policy, self.weights = policy, weights
+        self.sampling, self.steps = sampling, steps
         self.fused_head = fused_head and sampling.top_k == 0 and sampling.top_p == 1.0
         text = policy.config.text_config
         self.heads, self.kv_heads = text.num_attention_heads, text.num_key_value_heads
@@ -126,7 +85,10 @@ class StaticStep:
         half = self.head_dim // 2
         self.cos, self.sin = cos[:, :half].contiguous(), signed_sin[:, half:].contiguous()
         self._allocate(len(lengths), len(last), longest)
-        self._bind(prefix_keys, prefix_values)
+        self.prefixes = list(zip(prefix_keys, prefix_values, strict=True))
+        # Every launch of a step is one of the C ops, which a CPU records as CUDA captures a graph.
+        whole = sampling.top_k == 0 and sampling.top_p == 1.0 and not self.fused_head
+        self.in_c = whole and not use_triton(self.x) and has_c_ops(policy)
         self.x.copy_(policy.embed_text(last).repeat(len(lengths) // len(last), 1))
 
     def _allocate(self, rows: int, count: int, prefix: int) -> None:
@@ -157,46 +119,22 @@ class StaticStep:
         self.alive = None
         if not self.sampling.image:
             self.alive = torch.ones(count, dtype=torch.bool, device=device)
-
-    def _bind(self, prefix_keys: Tensor, prefix_values: Tensor) -> None:
-        """Weights and this rollout's cache, layer by layer; the head and its scratch."""
-        model = self.policy.model
-        self.norm = model.language_model.norm
-        self.layers = [
-            _Layer(
-                layer.input_layernorm.weight,
-                _linear(layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj),
-                _linear(layer.self_attn.o_proj),
-                layer.post_attention_layernorm.weight,
-                _linear(layer.mlp.gate_proj, layer.mlp.up_proj),
-                _linear(layer.mlp.down_proj),
-                *self.suffix[index],
-                prefix_keys[index],
-                prefix_values[index],
-            )
-            for index, layer in enumerate(model.language_model.layers)
-        ]
-        count, inputs = len(self.tokens), self.normed
+        self.features, last = self.normed, self.weights.last
         if self.sampling.image:
-            self.table, self.last = self.policy.image_table(), model.generation_head.vision_head
-            self.features_of = _linear(model.generation_head.proj_out)
-            inputs = self.features = self.x.new_empty(len(self.x), self.last.in_features)
-        else:
-            self.table, self.last = model.language_model.embed_tokens.weight, self.policy.lm_head
+            self.features = buffer(rows, last.in_features)
         if self.fused_head:
-            self.scratch = head_workspace(inputs[:count], self.last.weight)
+            self.scratch = head_workspace(self.features[:count], last.weight)
         else:
-            vocab = self.last.out_features
-            self.logits_of = _linear(self.last)
-            self.logits = self.x.new_empty(len(self.x), vocab)
-            self.scratch = sample_workspace(count, vocab, self.x.device)
+            self.logits = buffer(rows, last.out_features)
+            self.scratch = sample_workspace(count, last.out_features, device)
 
     @torch.no_grad()
     def launch(self) -> None:
         """Launch one decode step: at most 10 kernels a layer and 6 more."""
-        for index, layer in enumerate(self.layers):
+        for index, layer in enumerate(self.weights.layers):
+            keys, values = self.suffix[index]
             if index == 0:
-                rms_norm(self.x, layer.norm1, self.norm.eps, out=self.normed)
+                rms_norm(self.x, layer.norm1, self.weights.eps, out=self.normed)
             else:
                 self._add_norm(self.residual, layer.norm1)
             layer.qkv.into(self.qkv, self.normed)
@@ -206,18 +144,17 @@ class StaticStep:
                 self.sin,
                 self.first_positions,
                 self.step,
-                layer.keys,
-                layer.values,
+                keys,
+                values,
                 heads=self.heads,
                 out=self.q,
             )
             decode_attention(
                 self.q,
-                layer.keys,
-                layer.values,
+                keys,
+                values,
                 self.step,
-                layer.prefix_keys,
-                layer.prefix_values,
+                *self.prefixes[index],
                 self.first_positions,  # a prefix ends where the suffix begins
                 self.tiles,
                 scale=self.head_dim**-0.5,
@@ -229,7 +166,7 @@ class StaticStep:
             layer.gate_up.into(self.gate_up, self.normed)
             swiglu(self.gate_up, out=self.activated)
             layer.down.into(self.delta, self.activated)
-        self._add_norm(self.residual, self.norm.weight)
+        self._add_norm(self.residual, self.weights.norm)
         self._draw()
 
     def _add_norm(self, residual: Tensor, weight: Tensor) -> None:
@@ -237,7 +174,7 @@ class StaticStep:
         rms_norm(
             self.delta,
             weight,
-            self.norm.eps,
+            self.weights.eps,
             residual=residual,
             out=self.normed,
             residual_out=self.residual,
@@ -245,12 +182,11 @@ class StaticStep:
 
     def _draw(self) -> None:
         """The head, the draw, the next input and the step counter."""
-        sampling, inputs = self.sampling, self.normed
-        if sampling.image:
-            self.features_of.into(self.features, self.normed)
-            inputs = torch.ops.aten.gelu_(self.features)
+        sampling, weights, inputs = self.sampling, self.weights, self.features
+        if weights.features is not None:
+            weights.features.into(inputs, self.normed, gelu=True)
         if not self.fused_head:
-            self.logits_of.into(self.logits, inputs)
+            weights.logits.into(self.logits, inputs)
             inputs = self.logits
         cond, uncond = inputs.split(len(self.tokens)) if sampling.image else (inputs, None)
         draw: dict[str, Any] = {
@@ -261,7 +197,7 @@ class StaticStep:
             "step": self.step,
             "step_offset": sampling.first_step,
             "greedy": sampling.greedy,
-            "table": self.table,
+            "table": weights.table,
             "x": self.x,
             "tokens": self.tokens,
             "logprobs": self.logprobs,
@@ -273,6 +209,6 @@ class StaticStep:
             "workspace": self.scratch,
         }
         if self.fused_head:
-            head_sample(cond, uncond, self.last.weight, self.last.bias, **draw)
+            head_sample(cond, uncond, weights.last.weight, weights.last.bias, **draw)
         else:
             sample_step(cond, uncond, top_k=sampling.top_k, top_p=sampling.top_p, **draw)

@@ -4,8 +4,10 @@ import torch
 from torch import Tensor
 
 from kernels import reference_attention
-from kernels.dispatch import use_triton
+from kernels.dispatch import use_c, use_triton
 from kernels.kv_append import DTYPES, check_index, check_tensor
+
+MOST_HEAD_DIM_C = 256  # beyond it the C kernel has no registers left; PyTorch then
 
 
 def decode_attention(
@@ -82,16 +84,41 @@ def decode_attention(
     length = int(step) + 1
     if not 0 < length <= keys.shape[2]:
         raise ValueError(f"step: wanted 0 to {keys.shape[2] - 1}, got {length - 1}")
-    row_prefix = torch.zeros_like(prefix_lengths)
-    most = tile_rows(heads, keys.shape[1])
-    for first, count, index in tiles.tolist():
-        if count > most:
-            raise ValueError(f"tiles: wanted at most {most} rows a tile, got {count}")
-        row_prefix[first : first + count] = index
+    row_prefix = _prefix_of_rows(tiles, rows, tile_rows(heads, keys.shape[1]))
+    most, given = prefix_keys.shape[2], int(prefix_lengths.max()) if rows else 0
+    if given > most:
+        raise ValueError(f"prefix_lengths: wanted at most {most}, got {given}")
+    if use_c(q) and head_dim <= MOST_HEAD_DIM_C:
+        from kernels.cpu.launch import launch_decode_attention
+
+        out = q.new_empty(rows, heads * head_dim) if out is None else out
+        launch_decode_attention(
+            q,
+            keys,
+            values,
+            step,
+            prefix_keys,
+            prefix_values,
+            prefix_lengths,
+            row_prefix,
+            scale,
+            out,
+        )
+        return out
     mixed = reference_attention.decode_attention(
         q, keys, values, length, prefix_keys, prefix_values, prefix_lengths, row_prefix, scale
     )
     return mixed if out is None else out.copy_(mixed)
+
+
+def _prefix_of_rows(tiles: Tensor, rows: int, most: int) -> Tensor:
+    """(T, 3) tiles -> (R,) int32, the prefix of each row; 0 for rows in none."""
+    row_prefix = torch.zeros(rows, dtype=torch.int32)
+    for first, count, index in tiles.tolist():
+        if count > most:
+            raise ValueError(f"tiles: wanted at most {most} rows a tile, got {count}")
+        row_prefix[first : first + count] = index
+    return row_prefix
 
 
 def split_tokens(heads: int, kv_heads: int) -> int:

@@ -1,10 +1,20 @@
-"""Which implementation an op takes: Triton for CUDA tensors, PyTorch for the rest."""
+"""Which implementation an op takes: Triton on CUDA, C on a CPU where it can be, PyTorch elsewhere."""
 
 import os
 
+import torch
 from torch import Tensor
 
 
 def use_triton(x: Tensor) -> bool:
     """CUDA tensors take the Triton kernel. TRITON_INTERPRET=1 (tests) takes it on CPU as well."""
     return x.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def use_c(x: Tensor) -> bool:
+    """fp32 CPU tensors take the C kernel while gradients are off; see kernels.cpu.build."""
+    if x.device.type != "cpu" or x.dtype != torch.float32 or torch.is_grad_enabled():
+        return False
+    from kernels.cpu.build import library
+
+    return library() is not None

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from kernels import reference_attention
-from kernels.dispatch import use_triton
+from kernels.dispatch import use_c, use_triton
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -52,6 +52,12 @@ def kv_append(
     slot = int(step)
     if not 0 <= slot < keys.shape[2]:
         raise ValueError(f"step: wanted 0 to {keys.shape[2] - 1}, got {slot}")
+    if use_c(qkv) and keys.stride() == values.stride():
+        from kernels.cpu.launch import launch_kv_append
+
+        out = qkv.new_empty(shape) if out is None else out
+        launch_kv_append(qkv, cos, sin, first_positions, step, keys, values, heads, out)
+        return out
     angles = first_positions + slot
     q, k, v = reference_attention.rotated(qkv, cos[angles], sin[angles], heads, keys.shape[1])
     keys[:, :, slot], values[:, :, slot] = k, v

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.dispatch import use_triton
+from kernels.dispatch import use_c, use_triton
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MOST_COLUMNS = 16_384  # a row is held in the registers of one program
@@ -50,8 +50,11 @@ def rms_norm(
     check_like("residual", residual, x)
     check_like("out", out, x)
     check_like("residual_out", residual_out, x)
-    if use_triton(x):
-        from kernels.gpu.rms_norm import launch_rms_norm
+    if use_triton(x) or use_c(x):
+        if use_triton(x):
+            from kernels.gpu.rms_norm import launch_rms_norm
+        else:
+            from kernels.cpu.launch import launch_rms_norm
 
         out = x.new_empty(x.shape) if out is None else out
         if residual is not None and residual_out is None:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from kernels.cfg_sample import cfg_sample, check_logits, check_sampling, kept_logits
-from kernels.dispatch import use_triton
+from kernels.dispatch import use_c, use_triton
 from kernels.reference_sampling import finish_step
 
 
@@ -93,6 +93,22 @@ def sample_step(
             **finish,
         )
         return
+    if _c_can_draw(cond, uncond, table):
+        from kernels.cpu.launch import launch_sample_step
+
+        launch_sample_step(
+            cond,
+            uncond,
+            None if greedy else kept_logits(cond, uncond, cfg_weight, temperature, top_k, top_p),
+            cfg_weight=cfg_weight,
+            temperature=temperature,
+            seed=int(seed),
+            sample_ids=sample_ids,
+            step_offset=step_offset,
+            greedy=greedy,
+            **finish,
+        )
+        return
     draw = cfg_sample(
         cond,
         uncond,
@@ -106,6 +122,12 @@ def sample_step(
         greedy=greedy,
     )
     finish_step(*draw, **finish)
+
+
+def _c_can_draw(cond: Tensor, uncond: Tensor | None, table: Tensor) -> bool:
+    """Whether the C kernel takes these logits and this table."""
+    alike = uncond is None or (uncond.dtype == cond.dtype and uncond.stride(-1) == 1)
+    return use_c(cond) and use_c(table) and cond.stride(-1) == 1 and alike
 
 
 def sample_workspace(rows: int, vocab: int, device: torch.device | str) -> Tensor:

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.dispatch import use_triton
+from kernels.dispatch import use_c, use_triton
 from kernels.rms_norm import DTYPES, check_like
 
 
@@ -28,8 +28,11 @@ def swiglu(gate_up: Tensor, *, out: Tensor | None = None) -> Tensor:
     check_like("gate_up", gate_up, gate_up)
     gate, up = gate_up.chunk(2, -1)
     check_like("out", out, gate)
-    if use_triton(gate_up):
-        from kernels.gpu.swiglu import launch_swiglu
+    if use_triton(gate_up) or use_c(gate_up):
+        if use_triton(gate_up):
+            from kernels.gpu.swiglu import launch_swiglu
+        else:
+            from kernels.cpu.launch import launch_swiglu
 
         out = gate_up.new_empty(gate.shape) if out is None else out
         launch_swiglu(gate_up, out)

@@ -2,7 +2,7 @@
 
 import copy
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -37,6 +37,7 @@ from transformers import (
 )
 
 from engine.policy import Policy
+from kernels.cpu.build import library
 
 VOCAB = 320  # room for the byte-level tokenizer of the save tests
 CODES = 128
@@ -112,6 +113,25 @@ def device() -> str:
 def interpreter(monkeypatch) -> None:
     """Public ops take the Triton path on CPU tensors too."""
     monkeypatch.setenv("TRITON_INTERPRET", "1")
+
+
+@pytest.fixture(params=["C", "PyTorch"])
+def decoder(request, monkeypatch) -> str:
+    """CPU rollouts take the C ops, then eager PyTorch."""
+    if request.param == "PyTorch":
+        monkeypatch.setattr("engine.rollout.has_c_ops", lambda policy: False)
+    elif library() is None:
+        pytest.skip("the C ops cannot be compiled here")
+    return request.param
+
+
+@pytest.fixture
+def c_ops() -> Iterator[None]:
+    """Public ops take the C kernels on fp32 CPU tensors: gradients are off."""
+    if library() is None:
+        pytest.skip("the C ops cannot be compiled here")
+    with torch.no_grad():
+        yield
 
 
 @pytest.fixture

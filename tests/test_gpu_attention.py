@@ -1,4 +1,4 @@
-"""Decode attention: the kernels (in the interpreter without a GPU) and the PyTorch path."""
+"""Decode attention: Triton (in the interpreter without a GPU), C and the PyTorch path."""
 
 import pytest
 import torch
@@ -20,6 +20,16 @@ pytestmark = pytest.mark.usefixtures("nearest_rounding")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # Beyond twice eager's error: one rounding in the sum of values near 1.
 SLACK = {torch.float32: 1e-6, torch.bfloat16: 1e-4, torch.float16: 1e-5}
+
+
+@pytest.fixture(params=["triton", "c"])
+def kernel(request, device):
+    """Run the op by its kernels. Returns the device."""
+    if request.param == "triton":
+        request.getfixturevalue("interpreter")
+        return device
+    request.getfixturevalue("c_ops")
+    return "cpu"
 
 
 class Case:
@@ -131,12 +141,14 @@ SHAPES = {
     "gqa_4_of_32_fp32": (FP32, 8, 2, 32, [3], [8, 3, 8], 9, 11),
     "gqa_7_of_64": (BF16, 7, 1, 64, [10], [20] * 10, 33, 64),
     "one_row": (FP32, 2, 2, 16, [1], [1], 1, 1),
+    "gqa_9_of_48_fp32": (FP32, 9, 1, 48, [2, 1], [3, 0, 150], 290, 300),
+    "mha_128_fp32": (FP32, 2, 2, 128, [2], [130, 17], 128, 128),
 }
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-def test_kernel_against_fp64(shape, device, interpreter):
-    dtype, *shape = shape
+def test_kernel_against_fp64(shape, kernel):
+    device, (dtype, *shape) = kernel, shape
     heads, kv_heads, head_dim, runs, lengths, length, suffix = shape
     case = Case(device, dtype, heads, kv_heads, head_dim, runs, lengths, length, suffix)
     sizes = (len(lengths), heads, kv_heads, head_dim, case.prefix_keys.shape[2], suffix)
@@ -155,19 +167,20 @@ def test_pytorch_path_against_fp64(dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_extreme_scores_and_values(dtype, device, interpreter):
+def test_extreme_scores_and_values(dtype, kernel):
     """Scores of a thousand and values of 1e4: finite, and as accurate as eager."""
-    case = Case(device, dtype, 1, 1, 64, [2], [40, 30], 80, 80, spread=1000.0)
+    case = Case(kernel, dtype, 1, 1, 64, [2], [40, 30], 80, 80, spread=1000.0)
     for values in (case.values, case.prefix_values):
         values.mul_(1e4 / 4)
     assert_rule(case.run(), case)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize(("heads", "kv_heads"), [(1, 1), (2, 1)])
-def test_a_row_is_the_same_bits_in_any_batch(heads, kv_heads, device, interpreter):
+def test_a_row_is_the_same_bits_in_any_batch(heads, kv_heads, kernel, dtype):
     split = split_tokens(heads, kv_heads)
     lengths = [3, 3, 5, split + 4, 0]
-    case = Case(device, BF16, heads, kv_heads, 32, [2, 3], lengths, split + 5, split + 9)
+    case = Case(kernel, dtype, heads, kv_heads, 32, [2, 3], lengths, split + 5, split + 9)
     together = case.run()
     for row in range(1, 5):
         assert torch.equal(case.only(row).run()[0], together[row])
@@ -193,10 +206,11 @@ def test_step_is_read_on_the_device(device, interpreter):
         assert partial.view(2, 3, 32).isfinite().all(2).sum(1).tolist() == [computed] * 2
 
 
+@pytest.mark.parametrize("dtype", [FP16, FP32])
 @pytest.mark.parametrize("capacity", [0, 7])
-def test_empty_prefix(capacity, device, interpreter):
+def test_empty_prefix(capacity, kernel, dtype):
     """P = 0 and no tiles, or a prefix of which no row uses a token; step 0."""
-    case = Case(device, FP16, 2, 1, 32, [3], [0, 0, 0], 1, 4)
+    case = Case(kernel, dtype, 2, 1, 32, [3], [0, 0, 0], 1, 4)
     case.prefix_keys = torch.full((1, 1, capacity, 32), torch.nan).to(case.q)
     case.prefix_values = case.prefix_keys.clone()
     if not capacity:
@@ -207,11 +221,11 @@ def test_empty_prefix(capacity, device, interpreter):
     assert torch.equal(case.run(), expected)
 
 
-def test_no_rows(device, interpreter):
-    empty = torch.empty(0, 2, 32, device=device)
-    cache = torch.empty(0, 2, 4, 32, device=device)
-    index = torch.empty(0, dtype=torch.int32, device=device)
-    step = torch.zeros(1, dtype=torch.int32, device=device)
+def test_no_rows(kernel):
+    empty = torch.empty(0, 2, 32, device=kernel)
+    cache = torch.empty(0, 2, 4, 32, device=kernel)
+    index = torch.empty(0, dtype=torch.int32, device=kernel)
+    step = torch.zeros(1, dtype=torch.int32, device=kernel)
     inputs = (empty, cache, cache, step, cache, cache, index, index.view(0, 3))
     assert decode_attention(*inputs, scale=1.0).shape == (0, 64)
 
@@ -248,6 +262,8 @@ def test_a_tile_too_large_does_not_pass_unseen(device, request):
         ("step", lambda c: setattr(c, "step", c.step[0])),
         ("tiles", lambda c: setattr(c, "tiles", c.tiles[:, :2])),
         ("scale", lambda c: setattr(c, "scale", 0.0)),
+        ("step", lambda c: c.step.fill_(4)),
+        ("prefix_lengths", lambda c: c.lengths.fill_(7)),
     ],
 )
 def test_errors_name_the_argument(name, change):

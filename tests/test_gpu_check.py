@@ -316,7 +316,7 @@ def test_test_verdicts_of_both_formats(results):
 def test_commands_name_real_files_and_parts():
     words = gpu_check.command("tests", 9.0)
     files = [word for word in words if word.endswith(".py")]
-    assert any("test_decode_cuda" in f for f in files) and any("test_rollout" in f for f in files)
+    assert any("test_static_decode" in f for f in files) and any("test_rollout" in f for f in files)
     assert gpu_check.command("7b", 9.4)[1:] == ["-m", "bench.gpu_check", "7b", "9"]
     labels = [label for label, _ in gpu_check.items_of("loss", torch.device("cpu"))]
     assert "loss 7b image guided" in labels and len(labels) == 6

@@ -1,4 +1,4 @@
-"""Rotation and append: the kernel (in the interpreter without a GPU) and the PyTorch path."""
+"""Rotation and append: Triton (in the interpreter without a GPU), C and the PyTorch path."""
 
 import pytest
 import torch
@@ -17,12 +17,14 @@ LENGTH = 40  # positions in the tables
 SLOTS = 5
 
 
-@pytest.fixture(params=["triton", "pytorch"])
+@pytest.fixture(params=["triton", "c", "pytorch"])
 def path(request, device):
-    """Run the op by its kernel and by PyTorch."""
+    """Run the op by its kernels and by PyTorch. Returns the device."""
     if request.param == "triton":
         request.getfixturevalue("interpreter")
         return device
+    if request.param == "c":
+        request.getfixturevalue("c_ops")
     return "cpu"
 
 
@@ -121,9 +123,10 @@ def test_step_is_read_on_the_device(path):
 
 
 @pytest.mark.filterwarnings("ignore:invalid value")  # numpy's, of infinity times zero
-def test_extreme_values_pass_untouched(path):
+@pytest.mark.parametrize("dtype", [FP16, FP32])
+def test_extreme_values_pass_untouched(path, dtype):
     """Values are copied, not rotated by an angle of zero; rows do not touch each other."""
-    case = Case(path, FP16, 2, 2, 32, 3)
+    case = Case(path, dtype, 2, 2, 32, 3)
     case.qkv[0, -64] = torch.inf
     case.qkv[1] = torch.nan
     case.qkv[2, ::2], case.qkv[2, 1::2] = 1e4, -1e4
@@ -135,8 +138,9 @@ def test_extreme_values_pass_untouched(path):
     torch.testing.assert_close(q[2].double(), expected, rtol=1e-3, atol=8)
 
 
-def test_a_row_is_the_same_bits_in_any_batch(path):
-    case, alone = Case(path, BF16, 6, 3, 64, 5), Case(path, BF16, 6, 3, 64, 1)
+@pytest.mark.parametrize("dtype", [BF16, FP32])
+def test_a_row_is_the_same_bits_in_any_batch(path, dtype):
+    case, alone = Case(path, dtype, 6, 3, 64, 5), Case(path, dtype, 6, 3, 64, 1)
     together = case.run()
     alone.qkv, alone.first = case.qkv[3:4], case.first[3:4]
     alone.cos, alone.sin = case.cos, case.sin

@@ -1,4 +1,4 @@
-"""RMS norm and SwiGLU: the kernels (in the interpreter without a GPU) and the PyTorch path."""
+"""RMS norm and SwiGLU: Triton (in the interpreter without a GPU), C and the PyTorch path."""
 
 import pytest
 import torch
@@ -21,12 +21,14 @@ EPS = 1e-6
 SLACK = {torch.float32: 1e-6, torch.bfloat16: 1e-6, torch.float16: 1e-6}
 
 
-@pytest.fixture(params=["triton", "pytorch"])
+@pytest.fixture(params=["triton", "c", "pytorch"])
 def path(request, device):
-    """Run the op by its kernel and by PyTorch."""
+    """Run the op by its kernels and by PyTorch. Returns the device."""
     if request.param == "triton":
         request.getfixturevalue("interpreter")
         return device
+    if request.param == "c":
+        request.getfixturevalue("c_ops")
     return "cpu"
 
 
@@ -107,8 +109,9 @@ def test_norm_is_that_of_the_policy(path, dtype):
         torch.testing.assert_close(y, expected, rtol=2 * torch.finfo(dtype).eps, atol=0)
 
 
-def test_norm_of_strided_rows_in_place_and_row_by_row(path):
-    x, residual, weight = norm_inputs(5, 72, torch.bfloat16, path)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_norm_of_strided_rows_in_place_and_row_by_row(path, dtype):
+    x, residual, weight = norm_inputs(5, 72, dtype, path)
     y, total = rms_norm(x, weight, EPS, residual=residual)
     views = strided(x), strided(residual)
     outs = strided(torch.zeros_like(x)), strided(torch.zeros_like(x))

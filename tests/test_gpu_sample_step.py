@@ -1,4 +1,4 @@
-"""sample_step and head_sample: kernels (in the interpreter without a GPU) against PyTorch and fp64."""
+"""sample_step and head_sample: Triton (interpreted without a GPU) and C against PyTorch and fp64."""
 
 import math
 from typing import Any
@@ -13,18 +13,24 @@ from kernels.reference import guide, linear_logits, log_softmax_at
 WIDTH, STEPS, OFFSET = 20, 4, 1 << 20
 
 
-@pytest.fixture(autouse=True)
-def triton_path(interpreter):
-    """Public ops take the kernels on any device."""
+@pytest.fixture(params=["triton", "c"])
+def kernel(request, device):
+    """Run the op by its kernels. Returns the device."""
+    if request.param == "triton":
+        request.getfixturevalue("interpreter")
+        return device
+    request.getfixturevalue("c_ops")
+    return "cpu"
 
 
 @pytest.fixture
 def on_pytorch(monkeypatch):
-    """Run a call on the PyTorch path: CPU tensors, no interpreter."""
+    """Run a call on the PyTorch path: CPU tensors, no interpreter, no C."""
 
     def run(op, *arguments, **options) -> None:
         with monkeypatch.context() as patch:
             patch.setenv("TRITON_INTERPRET", "0")
+            patch.setattr("kernels.cpu.build.library", lambda: None)
             op(*arguments, **options)
 
     return run
@@ -84,11 +90,11 @@ def logits_of(step: int, rows: int, vocab: int) -> Tensor:
         (7, 50, False, {}),
     ],
 )
-def test_a_rollout_matches_pytorch(rows, vocab, paired, options, device, on_pytorch):
+def test_a_rollout_matches_pytorch(rows, vocab, paired, options, kernel, on_pytorch):
     """And a step too many writes no column: it would be the neighbour's."""
-    ours = state(rows, vocab, paired=paired, eos=None, device=device)
+    ours = state(rows, vocab, paired=paired, eos=None, device=kernel)
     theirs = state(rows, vocab, paired=paired, eos=None, device="cpu")
-    workspace = sample_workspace(rows, vocab, device)
+    workspace = sample_workspace(rows, vocab, kernel)
     for step in range(STEPS + 1):
         cond, uncond = logits_of(step, rows, vocab)
         on_pytorch(
@@ -99,12 +105,12 @@ def test_a_rollout_matches_pytorch(rows, vocab, paired, options, device, on_pyto
             **options,
             **theirs,
         )
-        cond, uncond = cond.to(device), uncond.to(device)
+        cond, uncond = cond.to(kernel), uncond.to(kernel)
         sample_step(
             cond,
             uncond if paired else None,
             workspace=workspace,
-            **draw_arguments(rows, device),
+            **draw_arguments(rows, kernel),
             **options,
             **ours,
         )
@@ -117,16 +123,16 @@ def test_a_rollout_matches_pytorch(rows, vocab, paired, options, device, on_pyto
     assert ours["x"].as_strided((len(ours["x"]), 3), (WIDTH + 3, 1), WIDTH).isnan().all()
 
 
-def test_text_rows_end_at_eos(device, on_pytorch):
+def test_text_rows_end_at_eos(kernel, on_pytorch):
     rows, vocab, eos = 24, 40, 5
-    ours = state(rows, vocab, paired=False, eos=eos, device=device)
+    ours = state(rows, vocab, paired=False, eos=eos, device=kernel)
     theirs = state(rows, vocab, paired=False, eos=eos, device="cpu")
     for step in range(STEPS):
         cond = logits_of(step, rows, vocab)[0]
         cond[:, eos] += 3
         cond[~theirs["alive"]] = math.nan  # not read, and no fault
         on_pytorch(sample_step, cond, None, **draw_arguments(rows, "cpu"), **theirs)
-        sample_step(cond.to(device), None, **draw_arguments(rows, device), **ours)
+        sample_step(cond.to(kernel), None, **draw_arguments(rows, kernel), **ours)
     assert_same_state(ours, theirs)
     tokens, alive = ours["tokens"], ours["alive"]
     ended = (tokens == eos).any(1)
@@ -138,18 +144,18 @@ def test_text_rows_end_at_eos(device, on_pytorch):
         assert (ours["logprobs"][row, first + 1 :] == 0).all()
 
 
-def test_first_unusable_logits_are_reported(device):
+def test_first_unusable_logits_are_reported(kernel):
     rows, vocab = 70, 33  # more than a group of rows
-    ours = state(rows, vocab, paired=True, eos=None, device=device)
+    ours = state(rows, vocab, paired=True, eos=None, device=kernel)
     for step in range(STEPS):
-        cond, uncond = logits_of(step, rows, vocab).to(device)
+        cond, uncond = logits_of(step, rows, vocab).to(kernel)
         if step == 1:
             cond[69, 3] = math.nan
             uncond[66] = -math.inf
             cond[66] = -math.inf
         if step == 2:
             cond[0, 0] = math.nan
-        sample_step(cond, uncond, **draw_arguments(rows, device), **ours)
+        sample_step(cond, uncond, **draw_arguments(rows, kernel), **ours)
     assert error_place(ours["error"], rows) == (66, 1)
     assert ours["error"].item() == 1 + 1 * rows + 66
     assert ((ours["tokens"] >= 0) & (ours["tokens"] < vocab)).all()
@@ -157,13 +163,13 @@ def test_first_unusable_logits_are_reported(device):
     assert sorted(map(tuple, bad.nonzero().tolist())) == [(0, 2), (66, 1), (69, 1)]
 
 
-def test_seed_on_the_device_and_outputs_left_out(device):
+def test_seed_on_the_device_and_outputs_left_out(kernel):
     rows, vocab = 6, 50
-    plain = state(rows, vocab, paired=True, eos=None, device=device)
-    other = state(rows, vocab, paired=True, eos=None, device=device)
-    cond, uncond = logits_of(0, rows, vocab).to(device)
-    arguments = draw_arguments(rows, device)
-    seed = torch.tensor([arguments["seed"]], device=device)
+    plain = state(rows, vocab, paired=True, eos=None, device=kernel)
+    other = state(rows, vocab, paired=True, eos=None, device=kernel)
+    cond, uncond = logits_of(0, rows, vocab).to(kernel)
+    arguments = draw_arguments(rows, kernel)
+    seed = torch.tensor([arguments["seed"]], device=kernel)
     sample_step(cond, uncond, **arguments, **plain)
     other |= {"logprobs": None, "guided_logprobs": None}
     sample_step(cond, uncond, **(arguments | {"seed": seed}), **other)
@@ -193,7 +199,7 @@ def head_inputs(rows: int, vocab: int, width: int, dtype: torch.dtype, device: s
         (70, 128, 64, torch.bfloat16),  # two groups of rows
     ],
 )
-def test_head_matches_pytorch(kind, rows, vocab, width, dtype, device, on_pytorch):
+def test_head_matches_pytorch(kind, rows, vocab, width, dtype, device, on_pytorch, interpreter):
     cond, uncond, weight, bias = head_inputs(rows, vocab, width, dtype, device)
     uncond = None if kind == "unguided" else uncond
     bias = None if rows == 18 else bias
@@ -226,7 +232,7 @@ def test_head_matches_pytorch(kind, rows, vocab, width, dtype, device, on_pytorc
 
 @pytest.mark.parametrize("guided_only", [False, True])
 @pytest.mark.parametrize("scale", [1.0, 1e3])
-def test_head_against_fp64(guided_only, scale, device):
+def test_head_against_fp64(guided_only, scale, device, interpreter):
     """At most twice the error of logits that are rounded to the weights' dtype: far below it."""
     rows, vocab, dtype = 12, 140, torch.float16
     cond, uncond, weight, bias = head_inputs(rows, vocab, 64, dtype, device)
@@ -250,7 +256,7 @@ def test_head_against_fp64(guided_only, scale, device):
     assert error.mean() < 0.05 * allowed.mean()
 
 
-def test_head_reports_unusable_rows_and_ends_text(device):
+def test_head_reports_unusable_rows_and_ends_text(device, interpreter):
     rows, vocab, eos = 20, 90, 4
     cond, _, weight, _ = head_inputs(rows, vocab, 64, torch.float32, device)
     cond[17, 3] = math.nan
@@ -278,7 +284,7 @@ def test_head_reports_unusable_rows_and_ends_text(device):
         ({"logprobs": torch.zeros(STEPS, 3).T}, "logprobs: wanted a last stride"),
     ],
 )
-def test_wrong_arguments_are_named(change, message):
+def test_wrong_arguments_are_named(change, message, interpreter):
     cond, uncond = logits_of(0, 3, 9)
     arguments = draw_arguments(3, "cpu") | state(3, 9, paired=True, eos=None, device="cpu")
     with pytest.raises(ValueError, match=message):

@@ -7,10 +7,14 @@ import torch
 from their_images import greedy_images
 from transformers import GenerationConfig
 
-import engine.rollout
+import engine.decode
+import engine.static_step
 from engine.errors import UserError
 from engine.layers import Layer
 from engine.rollout import sample_images, sample_text
+from engine.static_decode import StaticDecoder
+
+pytestmark = pytest.mark.usefixtures("decoder")
 
 # Prompt lengths of a batch; equal numbers are the same prompt.
 BATCHES = {
@@ -147,19 +151,21 @@ def test_seed_and_sample_ids_decide(pair, make_prompts):
 
 
 @pytest.mark.parametrize("sampler", ["images", "text"])
-def test_prefix_is_computed_once_and_memory_does_not_grow(pair, make_prompts, monkeypatch, sampler):
+def test_prefix_is_computed_once_and_memory_does_not_grow(
+    pair, make_prompts, monkeypatch, sampler, decoder
+):
     """Layer forwards are the prefill's only, and tensors alive at a step do not grow with it."""
     _, policy = pair()
     prompts = [p for p in make_prompts(10, 13) for _ in range(3)]
     forwards, alive = [], []
-    forward, draw = Layer.forward, engine.rollout.cfg_sample
+    forward = Layer.forward
 
     def counted_forward(self, x, cos, sin):
         forwards.append(tuple(x.shape[:2]))
         return forward(self, x, cos, sin)
 
     def counted_draw(*args, **kwargs):
-        if kwargs["step"] % 16 in (2, 13):
+        if int(kwargs["step"]) % 16 in (2, 13):
             storages = {
                 t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
                 for t in gc.get_objects()
@@ -169,7 +175,13 @@ def test_prefix_is_computed_once_and_memory_does_not_grow(pair, make_prompts, mo
         return draw(*args, **kwargs)
 
     monkeypatch.setattr(Layer, "forward", counted_forward)
-    monkeypatch.setattr(engine.rollout, "cfg_sample", counted_draw)
+    if decoder == "C":  # its steps are launched one by one, to be looked at
+        draw, start = engine.static_step.sample_step, StaticDecoder.start
+        monkeypatch.setattr(engine.static_step, "sample_step", counted_draw)
+        monkeypatch.setattr(StaticDecoder, "start", lambda self, **_: start(self, capture=False))
+    else:
+        draw = engine.decode.cfg_sample
+        monkeypatch.setattr(engine.decode, "cfg_sample", counted_draw)
     if sampler == "images":
         sample_images(policy, prompts)
         distinct = 3  # two prompts and the unconditional one

@@ -10,10 +10,10 @@ from torch import Tensor
 from transformers import JanusConfig, JanusVisionConfig, JanusVQVAEConfig, LlamaConfig
 
 from bench.eager_loop import PUBLISHED_ROWS, EagerLoop
-from engine.decode_cuda import StaticDecoder
 from engine.policy import Policy
 from engine.rollout import IMAGE_STEP
-from engine.static_step import Sampling
+from engine.sampling import Sampling
+from engine.static_decode import StaticDecoder
 
 CFG_WEIGHT = 5.0
 

@@ -11,10 +11,13 @@ import torch
 from transformers import JanusConfig, JanusVisionConfig, JanusVQVAEConfig, LlamaConfig
 
 from bench.launches import count_loop_step, count_step, launches_per_step
-from engine.decode_cuda import StaticDecoder
 from engine.policy import Policy
-from engine.rollout import IMAGE_STEP, _group, sample_images, sample_text
-from engine.static_step import Sampling, StaticStep
+from engine.rollout import IMAGE_STEP, sample_images, sample_text
+from engine.sampling import Sampling, distinct_prompts
+from engine.static_decode import StaticDecoder
+from engine.static_step import StaticStep
+from kernels.cpu.build import library
+from kernels.cpu.launch import Launches
 
 # Prompt lengths of a batch; equal numbers are the same prompt.
 BATCHES = {
@@ -32,8 +35,8 @@ def image_sampling(ids, **options):
 
 def decode_images(policy, prompts, **options):
     """ids, logprobs, guided_logprobs in the prompts' order."""
-    fused_head = options.pop("fused_head", True)
-    distinct, owner, order = _group(prompts)
+    fused_head = options.pop("fused_head", None)
+    distinct, owner, order = distinct_prompts(prompts)
     decoder = StaticDecoder(
         policy,
         distinct,
@@ -56,7 +59,7 @@ def assert_same_rollout(got, rollout):
 
 
 def decode_text(policy, prompts, steps, seed):
-    distinct, owner, order = _group(prompts)
+    distinct, owner, order = distinct_prompts(prompts)
     sampling = Sampling(
         image=False, first_step=0, sample_ids=order, temperature=1.0, seed=seed, greedy=False
     )
@@ -71,9 +74,26 @@ def assert_same_text(got, rollout):
     torch.testing.assert_close(logprobs, rollout.logprobs, rtol=0, atol=1e-4)
 
 
-# The launches, with the ops' PyTorch paths
+# The launches on a CPU
 
 
+@pytest.fixture(params=["C", "PyTorch"])
+def ops(request, monkeypatch) -> str:
+    """The ops take C, recorded and replayed, then PyTorch."""
+    if request.param == "PyTorch":
+        monkeypatch.setattr("kernels.cpu.build.library", lambda: None)
+    elif library() is None:
+        pytest.skip("the C ops cannot be compiled here")
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def eager_rollouts(monkeypatch) -> None:
+    """What is compared with comes from engine/decode.py."""
+    monkeypatch.setattr("engine.rollout.has_c_ops", lambda policy: False)
+
+
+@pytest.mark.usefixtures("ops")
 @pytest.mark.parametrize("kv_heads", [4, 2])
 @pytest.mark.parametrize("lengths", BATCHES.values(), ids=BATCHES.keys())
 def test_images_equal_the_cpu_path(pair, make_prompts, lengths, kv_heads):
@@ -83,10 +103,11 @@ def test_images_equal_the_cpu_path(pair, make_prompts, lengths, kv_heads):
     assert_same_rollout(got, sample_images(policy, prompts, cfg_weight=5.0, seed=3))
 
 
+@pytest.mark.usefixtures("ops")
 @pytest.mark.parametrize(
     "options",
     [
-        {"fused_head": False},
+        {"fused_head": True},
         {"greedy": True},
         {"temperature": 1.7, "cfg_weight": 1.0},
         {"top_k": 5},
@@ -103,11 +124,12 @@ def test_sampling_options_equal_the_cpu_path(pair, make_prompts, options):
     assert_same_rollout(got, sample_images(policy, prompts, **options))
 
 
+@pytest.mark.usefixtures("ops")
 @pytest.mark.parametrize("kv_heads", [4, 2])
 def test_text_equals_the_cpu_path_and_ends_row_by_row(
     new_policy, make_prompts, monkeypatch, kv_heads
 ):
-    monkeypatch.setattr("engine.decode_cuda.ALIVE_EVERY", 4)
+    monkeypatch.setattr("engine.static_decode.ALIVE_EVERY", 4)
     policy = new_policy(kv_heads)
     prompts = make_prompts(6, 10, 8, 8)
     policy.eos = -1  # nothing ends
@@ -122,19 +144,23 @@ def test_text_equals_the_cpu_path_and_ends_row_by_row(
     assert len(lengths) > 2
 
 
-def test_text_stops_soon_after_its_last_row(new_policy, make_prompts, monkeypatch):
-    monkeypatch.setattr("engine.decode_cuda.ALIVE_EVERY", 4)
+def test_text_stops_soon_after_its_last_row(new_policy, make_prompts, monkeypatch, ops):
+    monkeypatch.setattr("engine.static_decode.ALIVE_EVERY", 4)
     policy = new_policy()
     prompts = make_prompts(6)
     policy.eos = -1
     policy.eos = int(sample_text(policy, prompts, max_new_tokens=4, seed=2).ids[0, 2])
     rollout = sample_text(policy, prompts, max_new_tokens=50, seed=2)
-    launches, launch = [], StaticStep.launch
-    monkeypatch.setattr(StaticStep, "launch", lambda self: (launches.append(1), launch(self)))
+    steps, launch, replay = [], StaticStep.launch, Launches.run
+    monkeypatch.setattr(StaticStep, "launch", lambda self: (steps.append("launch"), launch(self)))
+    monkeypatch.setattr(Launches, "run", lambda self: (steps.append("replay"), replay(self)))
     assert_same_text(decode_text(policy, prompts, 50, 2), rollout)
-    assert rollout.ids.shape[1] <= 3 and len(launches) == 4
+    used = rollout.ids.shape[1]
+    assert used <= 3
+    assert steps == (["launch"] + ["replay"] * (used - 1) if ops == "C" else ["launch"] * 4)
 
 
+@pytest.mark.usefixtures("ops")
 def test_pad_that_is_end_of_sequence(new_policy, make_prompts):
     policy = new_policy()
     prompts = make_prompts(6, 10)
@@ -144,6 +170,7 @@ def test_pad_that_is_end_of_sequence(new_policy, make_prompts):
     assert_same_text(decode_text(policy, prompts, 9, 0), rollout)
 
 
+@pytest.mark.usefixtures("ops")
 def test_bad_logits_name_row_and_step(new_policy, make_prompts):
     policy = new_policy()
     prompts = make_prompts(7, 9, 7)
@@ -159,6 +186,7 @@ def test_bad_logits_name_row_and_step(new_policy, make_prompts):
         decode_images(policy, prompts)
 
 
+@pytest.mark.usefixtures("ops")
 def test_uninitialised_memory_is_never_read(pair, make_prompts, monkeypatch):
     _, policy = pair(2)
     prompts = make_prompts(7, 11, 5)
@@ -280,7 +308,7 @@ def test_loop_counts_do_not_depend_on_the_step(bf16_policy):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="captures a CUDA graph")
 def test_replay_waits_for_nothing_and_takes_no_memory():
     policy = tiny_policy(device="cuda")
-    distinct, owner, order = _group(tiny_prompts("cuda", 5, 3))
+    distinct, owner, order = distinct_prompts(tiny_prompts("cuda", 5, 3))
     decoder = StaticDecoder(policy, distinct, owner, order, steps=4, sampling=image_sampling(order))
     advance = decoder.start()
     torch.cuda.synchronize()

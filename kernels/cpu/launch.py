@@ -1,0 +1,297 @@
+"""Launching the C ops: their arguments as ops.h lays them out, and recorded sequences of them.
+
+The callers, kernels/*.py, have checked what they pass. A recorded sequence is to a CPU what a
+captured graph is to a GPU: the arguments are laid out once, and a decode step is one call.
+"""
+
+import ctypes
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+
+from torch import Tensor
+
+from kernels.cpu.build import BuildError, library
+
+_thread = threading.local()  # .recording: the Launches that this thread's ops join
+
+
+class _Launch(ctypes.Structure):
+    _fields_ = (("op", ctypes.c_void_p), ("arguments", ctypes.c_void_p))
+
+
+class Launches:
+    """Launches in their order, to be repeated on the same memory."""
+
+    def __init__(self) -> None:
+        self._kept: list[tuple[ctypes.Structure, tuple[Tensor | None, ...]]] = []
+        self._launches: list[_Launch] = []
+        self._array: ctypes.Array | None = None
+
+    def add(self, op: int, arguments: ctypes.Structure, tensors: tuple[Tensor | None, ...]) -> None:
+        """Take a launch; the tensors that its pointers point into live as long as this object."""
+        self._kept.append((arguments, tensors))
+        self._launches.append(_Launch(op, ctypes.addressof(arguments)))
+
+    def run(self) -> None:
+        """Launch all again."""
+        if self._array is None:
+            self._array = (_Launch * len(self._launches))(*self._launches)
+        library().run_launches(self._array, ctypes.c_int64(len(self._launches)))
+
+
+@contextmanager
+def record() -> Iterator[Launches]:
+    """Run this thread's C ops as usual, and keep them as well. PyTorch's own ops are not kept."""
+    _thread.recording = launches = Launches()
+    try:
+        yield launches
+    finally:
+        _thread.recording = None
+
+
+@cache
+def _op(name: str, fields: tuple[str, ...]) -> tuple[type[ctypes.Structure], ctypes._CFuncPtr, int]:
+    """The structure of an op's arguments, the op, its address.
+
+    Args:
+        fields: names with the type in front: "*" pointer, "#" int64, "%" double.
+    """
+    types = {"*": ctypes.c_void_p, "#": ctypes.c_int64, "%": ctypes.c_double}
+    structure = type(
+        name, (ctypes.Structure,), {"_fields_": [(f[1:], types[f[0]]) for f in fields]}
+    )
+    wanted = ctypes.c_int64.in_dll(library(), f"{name}_arguments_size").value
+    if ctypes.sizeof(structure) != wanted:
+        raise BuildError(f"{name}: {ctypes.sizeof(structure)} bytes of arguments, C has {wanted}")
+    function = getattr(library(), name)
+    return structure, function, ctypes.cast(function, ctypes.c_void_p).value
+
+
+def _launch(name: str, **values: Tensor | int | float | None) -> None:
+    """Call an op with its structure's fields in their order: tensors and None are pointers."""
+    fields, plain = [], []
+    for field, value in values.items():
+        if value is None or isinstance(value, Tensor):
+            fields.append(f"*{field}")
+            plain.append(None if value is None else value.data_ptr())
+        else:
+            fields.append(f"{'%' if isinstance(value, float) else '#'}{field}")
+            plain.append(value)
+    structure, function, address = _op(name, tuple(fields))
+    arguments = structure(*plain)
+    function(ctypes.byref(arguments))
+    recording = getattr(_thread, "recording", None)
+    if recording is not None:
+        recording.add(
+            address, arguments, tuple(v for v in values.values() if isinstance(v, Tensor))
+        )
+
+
+def launch_linear(x: Tensor, panels: Tensor, bias: Tensor | None, out: Tensor, gelu: bool) -> None:
+    """See kernels.cpu.linear."""
+    _launch(
+        "linear",
+        x=x,
+        panels=panels,
+        bias=bias,
+        y=out,
+        rows=len(x),
+        in_features=x.shape[1],
+        out_features=out.shape[1],
+        x_stride=x.stride(0),
+        y_stride=out.stride(0),
+        gelu=int(gelu),
+    )
+
+
+def launch_rms_norm(
+    x: Tensor,
+    weight: Tensor,
+    eps: float,
+    residual: Tensor | None,
+    out: Tensor,
+    residual_out: Tensor | None,
+) -> None:
+    """See kernels.rms_norm."""
+    _launch(
+        "rms_norm",
+        x=x,
+        weight=weight,
+        residual=residual,
+        out=out,
+        residual_out=residual_out,
+        rows=len(x),
+        width=x.shape[1],
+        x_stride=x.stride(0),
+        residual_stride=0 if residual is None else residual.stride(0),
+        out_stride=out.stride(0),
+        residual_out_stride=0 if residual_out is None else residual_out.stride(0),
+        eps=float(eps),
+    )
+
+
+def launch_swiglu(gate_up: Tensor, out: Tensor) -> None:
+    """See kernels.swiglu."""
+    _launch(
+        "swiglu",
+        gate_up=gate_up,
+        out=out,
+        rows=len(out),
+        width=out.shape[1],
+        gate_up_stride=gate_up.stride(0),
+        out_stride=out.stride(0),
+    )
+
+
+def launch_kv_append(
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    first_positions: Tensor,
+    step: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    heads: int,
+    out: Tensor,
+) -> None:
+    """See kernels.kv_append; keys and values have equal strides."""
+    rows, kv_heads, slots, head_dim = keys.shape
+    _launch(
+        "kv_append",
+        qkv=qkv,
+        cos=cos,
+        sin=sin,
+        first_positions=first_positions,
+        step=step,
+        keys=keys,
+        values=values,
+        q=out,
+        rows=rows,
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        slots=slots,
+        positions=len(cos),
+        qkv_stride=qkv.stride(0),
+        cache_row_stride=keys.stride(0),
+        cache_head_stride=keys.stride(1),
+        cache_token_stride=keys.stride(2),
+        q_row_stride=out.stride(0),
+        q_head_stride=out.stride(1),
+    )
+
+
+def launch_decode_attention(
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    step: Tensor,
+    prefix_keys: Tensor,
+    prefix_values: Tensor,
+    prefix_lengths: Tensor,
+    row_prefix: Tensor,
+    scale: float,
+    out: Tensor,
+) -> None:
+    """See kernels.decode_attention.
+
+    Args:
+        row_prefix: (R,) int32, the prefix of each row; any where its length is 0.
+    """
+    rows, heads, head_dim = q.shape
+    _launch(
+        "decode_attention",
+        q=q,
+        keys=keys,
+        values=values,
+        prefix_keys=prefix_keys,
+        prefix_values=prefix_values,
+        step=step,
+        prefix_lengths=prefix_lengths,
+        row_prefix=row_prefix,
+        out=out,
+        rows=rows,
+        heads=heads,
+        kv_heads=keys.shape[1],
+        head_dim=head_dim,
+        slots=keys.shape[2],
+        q_row_stride=q.stride(0),
+        q_head_stride=q.stride(1),
+        row_stride=keys.stride(0),
+        head_stride=keys.stride(1),
+        token_stride=keys.stride(2),
+        prefix_stride=prefix_keys.stride(0),
+        prefix_head_stride=prefix_keys.stride(1),
+        prefix_token_stride=prefix_keys.stride(2),
+        out_stride=out.stride(0),
+        scale=float(scale),
+    )
+
+
+def launch_sample_step(
+    cond: Tensor,
+    uncond: Tensor | None,
+    kept: Tensor | None,
+    *,
+    cfg_weight: float,
+    temperature: float,
+    seed: int,
+    sample_ids: Tensor,
+    step: Tensor,
+    step_offset: int,
+    greedy: bool,
+    table: Tensor,
+    x: Tensor,
+    tokens: Tensor,
+    logprobs: Tensor | None,
+    guided_logprobs: Tensor | None,
+    error: Tensor,
+    eos: int | None,
+    alive: Tensor | None,
+    pad: int,
+) -> None:
+    """See kernels.sample_step.
+
+    Args:
+        kept: (B, V) contiguous, what is drawn from in place of the guided logits; None: those.
+    """
+
+    def stride(tensor: Tensor | None) -> int:
+        return 0 if tensor is None else tensor.stride(0)
+
+    _launch(
+        "sample_step",
+        cond=cond,
+        uncond=uncond,
+        kept=kept,
+        sample_ids=sample_ids,
+        step=step,
+        table=table,
+        x=x,
+        tokens=tokens,
+        logprobs=logprobs,
+        guided_logprobs=guided_logprobs,
+        error=error,
+        alive=alive,
+        rows=len(cond),
+        vocab=cond.shape[1],
+        columns=tokens.shape[1],
+        width=x.shape[1],
+        cond_stride=cond.stride(0),
+        uncond_stride=stride(uncond),
+        table_stride=table.stride(0),
+        x_stride=x.stride(0),
+        tokens_stride=tokens.stride(0),
+        logprobs_stride=stride(logprobs),
+        guided_stride=stride(guided_logprobs),
+        alive_stride=stride(alive),
+        seed=(seed & (2**64 - 1)) - (2**64 if seed & 2**63 else 0),
+        step_offset=step_offset,
+        greedy=int(greedy),
+        eos=-1 if eos is None else eos,
+        pad=pad,
+        cfg_weight=float(cfg_weight),
+        temperature=float(temperature),
+    )

@@ -1,0 +1,71 @@
+/* y = x W^T (+ bias), few rows, W in panels of PANEL outputs: (N / PANEL, K, PANEL).
+
+   A tile of TILE_ROWS x PANEL sums stays in registers while K goes by. Sums run over K in order,
+   one by one, so that a row's result is the same bits whatever else is in the batch. */
+
+#include "ops.h"
+#include "simd.h"
+
+#define PANEL (2 * VEC)
+#if defined(__AVX__) && !defined(__AVX512F__)
+#define TILE_ROWS 6 /* 16 registers */
+#else
+#define TILE_ROWS 8 /* 32 registers */
+#endif
+/* Rows of one thread's turn: they stay in cache while it goes over a panel. A multiple of both. */
+#define BLOCK_ROWS 48
+
+const int64_t linear_panel = PANEL;
+const int64_t linear_arguments_size = sizeof(struct linear_arguments);
+
+/* rows <= TILE_ROWS rows of x times one panel; a constant where inlined. */
+INLINE void tile(const struct linear_arguments *a, int64_t first, int64_t panel, const int rows) {
+    const float *x = a->x + first * a->x_stride;
+    const float *w = a->panels + panel * a->in_features * PANEL;
+    vec sums[TILE_ROWS][2];
+    vec bias[2] = {{0}, {0}};
+    int64_t column = panel * PANEL, width = a->out_features - column;
+    if (width > PANEL) width = PANEL;
+    if (a->bias) memcpy(bias, a->bias + column, sizeof(float) * width);
+    for (int i = 0; i < rows; i++) sums[i][0] = sums[i][1] = (vec){0};
+    for (int64_t k = 0; k < a->in_features; k++, w += PANEL) {
+        vec low = load(w), high = load(w + VEC);
+        for (int i = 0; i < rows; i++) {
+            float value = x[i * a->x_stride + k];
+            sums[i][0] += value * low;
+            sums[i][1] += value * high;
+        }
+    }
+    for (int i = 0; i < rows; i++) {
+        float result[PANEL];
+        store(result, sums[i][0] + bias[0]);
+        store(result + VEC, sums[i][1] + bias[1]);
+        if (a->gelu)
+            for (int j = 0; j < PANEL; j++) result[j] = gelu32(result[j]);
+        float *y = a->y + (first + i) * a->y_stride + column;
+        if (width == PANEL)
+            memcpy(y, result, sizeof result);
+        else
+            memcpy(y, result, sizeof(float) * width);
+    }
+}
+
+void linear(const struct linear_arguments *a) {
+    int64_t panels = (a->out_features + PANEL - 1) / PANEL;
+    int64_t blocks = (a->rows + BLOCK_ROWS - 1) / BLOCK_ROWS;
+#pragma omp parallel for schedule(static)
+    for (int64_t unit = 0; unit < panels * blocks; unit++) {
+        int64_t panel = unit / blocks, row = unit % blocks * BLOCK_ROWS;
+        int64_t end = row + BLOCK_ROWS < a->rows ? row + BLOCK_ROWS : a->rows;
+        for (; row + TILE_ROWS <= end; row += TILE_ROWS) tile(a, row, panel, TILE_ROWS);
+        switch (end - row) {
+            case 7: tile(a, row, panel, 7); break;
+            case 6: tile(a, row, panel, 6); break;
+            case 5: tile(a, row, panel, 5); break;
+            case 4: tile(a, row, panel, 4); break;
+            case 3: tile(a, row, panel, 3); break;
+            case 2: tile(a, row, panel, 2); break;
+            case 1: tile(a, row, panel, 1); break;
+        }
+    }
+}

@@ -1,0 +1,36 @@
+"""A linear layer for few rows, its weight laid out for the registers of this machine."""
+
+import ctypes
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from kernels.cpu.build import library
+from kernels.cpu.launch import launch_linear
+
+
+class PanelLinear:
+    """x @ weight.T + bias, fp32, on the C kernel; needs `kernels.cpu.build.library()`.
+
+    The weight is copied into panels of as many outputs as a tile of the kernel has, so that a
+    product reads it from front to back.
+
+    Args:
+        weight: (N, K) fp32.
+        bias: (N,) fp32 contiguous, or None.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        panel = ctypes.c_int64.in_dll(library(), "linear_panel").value
+        padded = F.pad(weight.detach(), (0, 0, 0, -len(weight) % panel))
+        self._panels = padded.view(-1, panel, weight.shape[1]).mT.contiguous()
+        self._bias = None if bias is None else bias.detach()
+
+    def into(self, out: Tensor, x: Tensor, *, gelu: bool = False) -> None:
+        """Write the layer's output, or its exact GELU.
+
+        Args:
+            x: (R, K) fp32; last stride 1. A row's result does not depend on the other rows.
+            out: (R, N) fp32; last stride 1.
+        """
+        launch_linear(x, self._panels, self._bias, out, gelu)

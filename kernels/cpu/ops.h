@@ -1,0 +1,84 @@
+/* The ops' arguments. Every field has 8 bytes; strides are in elements; pointers may be NULL where
+   said. kernels/cpu/launch.py mirrors these structures and compares their sizes. */
+
+#pragma once
+
+#include <stdint.h>
+
+/* y[r] = act(x[r] W^T + bias); see linear.c for the panels. */
+struct linear_arguments {
+    const float *x, *panels, *bias; /* bias: NULL or out_features */
+    float *y;
+    int64_t rows, in_features, out_features, x_stride, y_stride;
+    int64_t gelu; /* 1: the exact GELU of the result */
+};
+void linear(const struct linear_arguments *);
+
+/* out = weight * s / sqrt(mean(s^2) + eps), s = x + residual, which residual_out gets. */
+struct rms_norm_arguments {
+    const float *x, *weight, *residual; /* residual: NULL where there is none */
+    float *out, *residual_out;          /* residual_out: NULL where there is no residual */
+    int64_t rows, width, x_stride, residual_stride, out_stride, residual_out_stride;
+    double eps;
+};
+void rms_norm(const struct rms_norm_arguments *);
+
+/* out = silu(first half) * second half. */
+struct swiglu_arguments {
+    const float *gate_up;
+    float *out;
+    int64_t rows, width, gate_up_stride, out_stride; /* width: of a half */
+};
+void swiglu(const struct swiglu_arguments *);
+
+/* Rotate queries and keys, write keys and values to suffix slot *step. */
+struct kv_append_arguments {
+    const float *qkv, *cos, *sin; /* cos, sin: (positions, head_dim / 2) */
+    const int32_t *first_positions, *step;
+    float *keys, *values, *q;
+    int64_t rows, heads, kv_heads, head_dim, slots, positions; /* positions: rows of cos */
+    int64_t qkv_stride;
+    int64_t cache_row_stride, cache_head_stride, cache_token_stride;
+    int64_t q_row_stride, q_head_stride;
+};
+void kv_append(const struct kv_append_arguments *);
+
+/* Attention of one query a row over its prefix, then suffix tokens 0 to *step. */
+struct decode_attention_arguments {
+    const float *q, *keys, *values, *prefix_keys, *prefix_values;
+    const int32_t *step, *prefix_lengths, *row_prefix; /* (rows,) */
+    float *out;
+    int64_t rows, heads, kv_heads, head_dim, slots;
+    int64_t q_row_stride, q_head_stride;
+    int64_t row_stride, head_stride, token_stride; /* of keys and values */
+    int64_t prefix_stride, prefix_head_stride, prefix_token_stride;
+    int64_t out_stride;
+    double scale;
+};
+void decode_attention(const struct decode_attention_arguments *);
+
+/* Guided draw of column *step, its log-probs, the next inputs; *step grows by one. */
+struct sample_step_arguments {
+    const float *cond, *uncond, *kept; /* uncond: NULL; kept: NULL, or what may be drawn */
+    const int64_t *sample_ids;
+    int32_t *step;
+    const float *table;
+    float *x;
+    int64_t *tokens;
+    float *logprobs, *guided_logprobs; /* each may be NULL */
+    int64_t *error;
+    uint8_t *alive; /* NULL without eos */
+    int64_t rows, vocab, columns, width;
+    int64_t cond_stride, uncond_stride, table_stride, x_stride;
+    int64_t tokens_stride, logprobs_stride, guided_stride, alive_stride;
+    int64_t seed, step_offset, greedy, eos, pad;
+    double cfg_weight, temperature;
+};
+void sample_step(const struct sample_step_arguments *);
+
+/* One after the other: what a recorded decode step is made of. */
+struct launch {
+    void (*op)(const void *);
+    const void *arguments;
+};
+void run_launches(const struct launch *, int64_t count);

@@ -1,0 +1,140 @@
+/* Guided sampling and the end of a decode step.
+
+   Philox4x32-10 and the counter layout are those of kernels/philox.py. Guidance rounds as PyTorch's
+   does (one fused multiply-add), so that the draws are those of the PyTorch path. */
+
+#include "ops.h"
+#include "simd.h"
+
+#define BLOCK 64 /* vocabulary entries at a time: 16 Philox counters */
+
+const int64_t sample_step_arguments_size = sizeof(struct sample_step_arguments);
+
+/* Gumbel noise of entries first to first + BLOCK - 1 of a row. */
+INLINE void gumbel(float *noise, uint64_t seed, uint64_t sample, uint32_t step, int64_t first) {
+    enum { LANES = BLOCK / 4 };
+    uint32_t c0[LANES], c1[LANES], c2[LANES], c3[LANES];
+    uint32_t k0 = (uint32_t)seed, k1 = (uint32_t)(seed >> 32);
+    for (int i = 0; i < LANES; i++) {
+        c0[i] = (uint32_t)(first / 4 + i);
+        c1[i] = step;
+        c2[i] = (uint32_t)sample;
+        c3[i] = (uint32_t)(sample >> 32);
+    }
+    for (int round = 0; round < 10; round++, k0 += 0x9E3779B9u, k1 += 0xBB67AE85u)
+        for (int i = 0; i < LANES; i++) {
+            uint64_t p0 = (uint64_t)c0[i] * 0xD2511F53u, p1 = (uint64_t)c2[i] * 0xCD9E8D57u;
+            c0[i] = (uint32_t)(p1 >> 32) ^ c1[i] ^ k0;
+            c2[i] = (uint32_t)(p0 >> 32) ^ c3[i] ^ k1;
+            c1[i] = (uint32_t)p1;
+            c3[i] = (uint32_t)p0;
+        }
+    uint32_t words[BLOCK];
+    for (int i = 0; i < LANES; i++) {
+        words[4 * i] = c0[i];
+        words[4 * i + 1] = c1[i];
+        words[4 * i + 2] = c2[i];
+        words[4 * i + 3] = c3[i];
+    }
+    for (int i = 0; i < BLOCK; i++) {
+        float uniform = ((float)(int32_t)(words[i] >> 9) + 0.5f) * 0x1p-23f;
+        noise[i] = -log32(-log32(uniform));
+    }
+}
+
+/* A running log-sum-exp. */
+struct lse {
+    float top, sum;
+};
+
+INLINE void lse_add(struct lse *lse, const float *logits, int count) {
+    float top = lse->top, sum = 0;
+#pragma omp simd reduction(max : top)
+    for (int i = 0; i < count; i++) top = logits[i] > top ? logits[i] : top;
+    float base = top == -INFINITY ? 0.0f : top; /* so that NaN shows beside nothing but -inf */
+#pragma omp simd reduction(+ : sum)
+    for (int i = 0; i < count; i++) sum += exp32(logits[i] - base);
+    lse->sum = (lse->top == top ? lse->sum : lse->sum * exp32(lse->top - top)) + sum;
+    lse->top = top;
+}
+
+/* Not logit - (top + log(sum)): at logits of 1e4 that is off by 3e-4 nats in fp32. */
+INLINE float log_prob(const struct lse *lse, float logit) {
+    return (logit - lse->top) - logf(lse->sum);
+}
+
+struct draw {
+    int64_t token;
+    float logprob, guided_logprob;
+};
+
+static struct draw draw_row(const struct sample_step_arguments *a, int64_t row) {
+    const float *cond = a->cond + row * a->cond_stride;
+    const float *uncond = a->uncond ? a->uncond + row * a->uncond_stride : NULL;
+    const float *kept = a->kept ? a->kept + row * a->vocab : NULL;
+    const float weight = (float)a->cfg_weight, temperature = (float)a->temperature;
+    const uint32_t step = (uint32_t)(a->step_offset + *a->step);
+    struct lse lse = {-INFINITY, 0}, guided_lse = {-INFINITY, 0};
+    float best = -INFINITY, best_cond = NAN, best_guided = NAN;
+    int64_t token = 0;
+    for (int64_t first = 0; first < a->vocab; first += BLOCK) {
+        int count = a->vocab - first < BLOCK ? a->vocab - first : BLOCK;
+        float tempered[BLOCK], guided[BLOCK], scores[BLOCK], noise[BLOCK];
+        for (int i = 0; i < count; i++) tempered[i] = cond[first + i];
+        if (uncond)
+            for (int i = 0; i < count; i++)
+                guided[i] = fmaf(tempered[i] - uncond[first + i], weight, uncond[first + i]);
+        else
+            memcpy(guided, tempered, sizeof guided);
+        if (temperature != 1.0f)
+            for (int i = 0; i < count; i++) {
+                tempered[i] /= temperature;
+                guided[i] /= temperature;
+            }
+        memcpy(scores, kept ? kept + first : guided, sizeof(float) * count);
+        if (!a->greedy) {
+            gumbel(noise, (uint64_t)a->seed, (uint64_t)a->sample_ids[row], step, first);
+            for (int i = 0; i < count; i++) scores[i] += noise[i];
+        }
+        if (uncond) lse_add(&lse, tempered, count);
+        lse_add(&guided_lse, guided, count);
+        float top = best;
+#pragma omp simd reduction(max : top)
+        for (int i = 0; i < count; i++) top = scores[i] > top ? scores[i] : top;
+        if (!(top > best)) continue;
+        int i = 0;
+        while (i + 1 < count && scores[i] != top) i++; /* the first of equal scores wins */
+        best = top;
+        token = first + i;
+        best_cond = tempered[i];
+        best_guided = guided[i];
+    }
+    struct draw draw = {token, 0, log_prob(&guided_lse, best_guided)};
+    draw.logprob = uncond ? log_prob(&lse, best_cond) : draw.guided_logprob;
+    return draw;
+}
+
+void sample_step(const struct sample_step_arguments *a) {
+    int64_t column = *a->step, bad = INT64_MAX; /* row */
+#pragma omp parallel for schedule(static) reduction(min : bad)
+    for (int64_t row = 0; row < a->rows; row++) {
+        uint8_t *alive = a->alive ? a->alive + row * a->alive_stride : NULL;
+        struct draw draw = {a->pad, 0, 0};
+        if (!alive || *alive) {
+            draw = draw_row(a, row);
+            if (!isfinite(draw.logprob) || !isfinite(draw.guided_logprob)) bad = row < bad ? row : bad;
+            if (alive && draw.token == a->eos) *alive = 0;
+        }
+        if (column < a->columns) {
+            a->tokens[row * a->tokens_stride + column] = draw.token;
+            if (a->logprobs) a->logprobs[row * a->logprobs_stride + column] = draw.logprob;
+            if (a->guided_logprobs)
+                a->guided_logprobs[row * a->guided_stride + column] = draw.guided_logprob;
+        }
+        const float *from = a->table + draw.token * a->table_stride;
+        memcpy(a->x + row * a->x_stride, from, sizeof(float) * a->width);
+        if (a->uncond) memcpy(a->x + (a->rows + row) * a->x_stride, from, sizeof(float) * a->width);
+    }
+    if (bad != INT64_MAX && !*a->error) *a->error = 1 + column * a->rows + bad;
+    ++*a->step;
+}
