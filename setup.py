@@ -16,6 +16,7 @@ setup(
     ),
     package_data={
         "engine": ["prompts/*.txt"],
+        "kernels.cpu": ["*.c", "*.h"],
         "engine.tiny": ["data/*.jsonl", "weights/*.json", "weights/*/*"],
     },
     install_requires=[

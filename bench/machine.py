@@ -8,11 +8,13 @@ from pathlib import Path
 import torch
 import transformers
 
+from kernels.cpu import build
+
 ROOT = Path(__file__).parents[1]
 
 
 def describe() -> dict[str, str | int]:
-    """Processor, cores this process may use, threads, versions, commit."""
+    """Processor, cores this process may use, threads, versions, what compiled the C ops, commit."""
     return {
         "cpu": _cpu_name(),
         "cores": len(os.sched_getaffinity(0)),
@@ -20,6 +22,7 @@ def describe() -> dict[str, str | int]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
+        "cpu_kernels": build.describe(),
         "commit": commit(),
     }
 

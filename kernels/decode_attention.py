@@ -41,7 +41,7 @@ def decode_attention(
         scale: > 0, usually hd ** -0.5.
         out: (R, Hq * hd) to write into; last stride 1.
         workspace: made by `decode_attention_workspace` for these shapes or larger ones.
-    Returns: (R, Hq * hd) of q's dtype. Not differentiable on CUDA: for decoding.
+    Returns: (R, Hq * hd) of q's dtype. Not differentiable by its kernels: for decoding.
     Raises: ValueError naming the argument.
     Numerics: fp32 scores, softmax and sums; the probabilities are rounded to q's dtype before
         they weigh the values, as flash attention does. Batch-invariant: a row's result is the same
@@ -84,7 +84,7 @@ def decode_attention(
     length = int(step) + 1
     if not 0 < length <= keys.shape[2]:
         raise ValueError(f"step: wanted 0 to {keys.shape[2] - 1}, got {length - 1}")
-    row_prefix = _prefix_of_rows(tiles, rows, tile_rows(heads, keys.shape[1]))
+    row_prefix = _prefix_of_rows(tiles, rows, tile_rows(heads, keys.shape[1]), len(prefix_keys))
     most, given = prefix_keys.shape[2], int(prefix_lengths.max()) if rows else 0
     if given > most:
         raise ValueError(f"prefix_lengths: wanted at most {most}, got {given}")
@@ -111,12 +111,14 @@ def decode_attention(
     return mixed if out is None else out.copy_(mixed)
 
 
-def _prefix_of_rows(tiles: Tensor, rows: int, most: int) -> Tensor:
+def _prefix_of_rows(tiles: Tensor, rows: int, most: int, prefixes: int) -> Tensor:
     """(T, 3) tiles -> (R,) int32, the prefix of each row; 0 for rows in none."""
     row_prefix = torch.zeros(rows, dtype=torch.int32)
     for first, count, index in tiles.tolist():
         if count > most:
             raise ValueError(f"tiles: wanted at most {most} rows a tile, got {count}")
+        if not 0 <= index < prefixes:
+            raise ValueError(f"tiles: wanted a prefix of 0 to {prefixes - 1}, got {index}")
         row_prefix[first : first + count] = index
     return row_prefix
 

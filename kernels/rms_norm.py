@@ -28,8 +28,8 @@ def rms_norm(
         residual: (R, D), x's dtype; last stride 1.
         out: (R, D) to write the norm into; may be x or residual.
         residual_out: (R, D) to write x + residual into; may be x or residual.
-    Returns: the norm, (R, D); with a residual, (the norm, x + residual). Not differentiable on
-        CUDA: for decoding.
+    Returns: the norm, (R, D); with a residual, (the norm, x + residual). Not differentiable by
+        its kernels: for decoding.
     Raises: ValueError naming the argument.
     Numerics: fp32 from the rounded sum on; the norm is rounded before the weight, as Llama does.
         Batch-invariant. Traffic: read x, residual, weight; write both results.

@@ -14,7 +14,7 @@ def swiglu(gate_up: Tensor, *, out: Tensor | None = None) -> Tensor:
     Args:
         gate_up: (R, 2F) bf16/fp16/fp32; last stride 1.
         out: (R, F) to write into; must not overlap gate_up.
-    Returns: (R, F), gate_up's dtype. Not differentiable on CUDA: for decoding.
+    Returns: (R, F), gate_up's dtype. Not differentiable by its kernels: for decoding.
     Raises: ValueError naming the argument.
     Numerics: fp32; silu is rounded to the dtype before the product, as a Llama MLP does, so that
         decoding and training round alike. Traffic: read gate_up, write R * F.

@@ -261,6 +261,7 @@ def test_a_tile_too_large_does_not_pass_unseen(device, request):
         ("prefix_lengths", lambda c: setattr(c, "lengths", c.lengths.long())),
         ("step", lambda c: setattr(c, "step", c.step[0])),
         ("tiles", lambda c: setattr(c, "tiles", c.tiles[:, :2])),
+        ("tiles", lambda c: c.tiles[:, 2].fill_(1)),
         ("scale", lambda c: setattr(c, "scale", 0.0)),
         ("step", lambda c: c.step.fill_(4)),
         ("prefix_lengths", lambda c: c.lengths.fill_(7)),
