@@ -36,8 +36,9 @@ def decode_static(
     """
     distinct, owner, order = distinct_prompts(prompts)
     prepared = Prepared(policy, distinct, image=sampling.image)
-    parts = []
-    for places in torch.arange(len(order)).split(_together(policy, prompts, steps, sampling)):
+    together, parts = _together(policy, prompts, steps, sampling), []
+    for first in range(0, len(prompts), together):
+        places = slice(first, first + together)
         rows = order[places]
         decoder = StaticDecoder(
             policy,

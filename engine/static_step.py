@@ -56,6 +56,7 @@ class StaticStep:
         tokens: (B, steps) int64; logprobs, guided_logprobs: (B, steps) fp32.
         alive: (B,) bool, text rows that have not ended; None for images.
         error: (1,) int64, see kernels.sample_step.
+        in_c: every launch is one of the C ops, so that a CPU can record them.
     """
 
     def __init__(
@@ -86,7 +87,6 @@ class StaticStep:
         self.cos, self.sin = cos[:, :half].contiguous(), signed_sin[:, half:].contiguous()
         self._allocate(len(lengths), len(last), longest)
         self.prefixes = list(zip(prefix_keys, prefix_values, strict=True))
-        # Every launch of a step is one of the C ops, which a CPU records as CUDA captures a graph.
         whole = sampling.top_k == 0 and sampling.top_p == 1.0 and not self.fused_head
         self.in_c = whole and not use_triton(self.x) and has_c_ops(policy)
         self.x.copy_(policy.embed_text(last).repeat(len(lengths) // len(last), 1))

@@ -58,7 +58,7 @@ class StepWeights:
     Attributes:
         layers: the layers.
         norm: weight of the last norm; eps: of every norm.
-        features: what lies in the image head before its last layer, without its GELU; None for text.
+        features: the image head's first layer, which its GELU follows; None for text.
         last: the head's last layer; logits: the same as a product, made when first used.
         table: (V, D) embeddings of the tokens drawn.
     """

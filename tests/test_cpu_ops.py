@@ -7,6 +7,7 @@ tests/test_gpu_*.py.
 import ctypes
 import gc
 import platform
+import re
 import subprocess
 import sys
 import warnings
@@ -181,6 +182,32 @@ def test_masked_and_unusable_logits():
     fine = written["guided_logprobs"].isfinite()[:, 0].tolist()
     assert fine == [False, False, False, False, True]  # guidance makes NaN of two infinities
     assert int(written["error"]) == 1
+
+
+def test_arguments_are_laid_out_as_the_header_says(monkeypatch):
+    """Fields of one size in another order would not show in the structure's size."""
+    header = re.sub(r"/\*.*?\*/", "", (build.SOURCES / "ops.h").read_text(), flags=re.DOTALL)
+    declared = {
+        name: re.findall(r"(\w+)\s*[,;]", body)
+        for name, body in re.findall(r"struct (\w+)_arguments \{(.*?)\n\};", header, re.DOTALL)
+    }
+    passed = {}
+
+    def seen(name, **values):
+        passed[name] = list(values)
+
+    monkeypatch.setattr(launch, "_launch", seen)
+    x, index = torch.zeros(2, 32), torch.zeros(2, dtype=torch.int32)
+    cache = torch.zeros(2, 1, 4, 16)
+    launch.launch_linear(x, x, None, x, False)
+    launch.launch_rms_norm(x, x, 1e-6, None, x, None)
+    launch.launch_swiglu(x, x)
+    launch.launch_kv_append(x, x, x, index, index, cache, cache, 1, cache[0])
+    launch.launch_decode_attention(
+        cache[0], cache, cache, index, cache, cache, index, index, 1.0, x
+    )
+    draw(x, x)
+    assert passed == declared and len(declared) == 6
 
 
 # Recorded steps

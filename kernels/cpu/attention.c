@@ -7,9 +7,9 @@
 #include "ops.h"
 #include "simd.h"
 
-#define BLOCK 128      /* keys; a multiple of VEC */
-#define QUERIES 8      /* query heads that go over a block together */
-#define MOST_VECS (256 / VEC) /* of a head */
+#define BLOCK 128             /* keys; a multiple of VEC */
+#define QUERIES 8             /* query heads that go over a block together */
+#define MOST_VECS (256 / VEC) /* of a head: MOST_HEAD_DIM_C of kernels/decode_attention.py */
 
 const int64_t decode_attention_arguments_size = sizeof(struct decode_attention_arguments);
 

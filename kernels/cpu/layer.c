@@ -68,8 +68,8 @@ void kv_append(const struct kv_append_arguments *a) {
         int64_t cached = row * a->cache_row_stride + slot * a->cache_token_stride;
         for (int64_t head = 0; head < a->heads + a->kv_heads; head++, from += a->head_dim) {
             int64_t kv_head = head - a->heads;
-            float *restrict to = kv_head < 0 ? a->q + row * a->q_row_stride + head * a->q_head_stride
-                                             : a->keys + cached + kv_head * a->cache_head_stride;
+            float *restrict to = a->keys + cached + kv_head * a->cache_head_stride;
+            if (kv_head < 0) to = a->q + row * a->q_row_stride + head * a->q_head_stride;
             for (int64_t i = 0; i < half; i++) {
                 to[i] = from[i] * cos[i] - from[half + i] * sin[i];
                 to[half + i] = from[half + i] * cos[i] + from[i] * sin[i];

@@ -122,7 +122,8 @@ void sample_step(const struct sample_step_arguments *a) {
         struct draw draw = {a->pad, 0, 0};
         if (!alive || *alive) {
             draw = draw_row(a, row);
-            if (!isfinite(draw.logprob) || !isfinite(draw.guided_logprob)) bad = row < bad ? row : bad;
+            int finite = isfinite(draw.logprob) && isfinite(draw.guided_logprob);
+            if (!finite && row < bad) bad = row;
             if (alive && draw.token == a->eos) *alive = 0;
         }
         if (column < a->columns) {

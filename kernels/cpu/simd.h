@@ -27,11 +27,12 @@ typedef float vec __attribute__((vector_size(4 * VEC), aligned(4), may_alias));
 INLINE vec load(const float *p) { return *(const vec *)p; }
 INLINE void store(float *p, vec v) { *(vec *)p = v; }
 
+typedef int32_t ints __attribute__((vector_size(4 * VEC)));
+
 /* The larger of each pair; b where a is NaN. */
 INLINE vec larger(vec a, vec b) {
-    typedef int32_t bits __attribute__((vector_size(4 * VEC)));
-    bits chosen = a > b;
-    return (vec)((chosen & (bits)a) | (~chosen & (bits)b));
+    ints chosen = a > b;
+    return (vec)((chosen & (ints)a) | (~chosen & (ints)b));
 }
 
 #define UNROLL _Pragma("GCC unroll 16")
@@ -45,6 +46,14 @@ INLINE vec larger(vec a, vec b) {
 #define EVEN 0, 2, 4, 6
 #define ODD 1, 3, 5, 7
 #endif
+#ifdef __clang__
+#define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else /* gcc before 12 has no other */
+#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (ints){__VA_ARGS__})
+#endif
+
+/* Sums of neighbours: those in a, then those in b. */
+INLINE vec neighbours(vec a, vec b) { return SHUFFLE(a, b, EVEN) + SHUFFLE(a, b, ODD); }
 
 /* The total of each of VEC vectors, as one vector; overwrites them. */
 INLINE vec totals(vec *v) {
@@ -52,8 +61,7 @@ INLINE vec totals(vec *v) {
     for (int count = VEC / 2; count; count /= 2) {
         UNROLL
         for (int i = 0; i < count; i++)
-            v[i] = __builtin_shufflevector(v[2 * i], v[2 * i + 1], EVEN) +
-                   __builtin_shufflevector(v[2 * i], v[2 * i + 1], ODD);
+            v[i] = neighbours(v[2 * i], v[2 * i + 1]);
     }
     return v[0];
 }
@@ -61,14 +69,14 @@ INLINE vec totals(vec *v) {
 INLINE float total(vec v) {
     UNROLL
     for (int width = VEC; width > 1; width /= 2)
-        v = __builtin_shufflevector(v, v, EVEN) + __builtin_shufflevector(v, v, ODD);
+        v = neighbours(v, v);
     return v[0];
 }
 
 INLINE float largest(vec v) {
     UNROLL
     for (int width = VEC; width > 1; width /= 2)
-        v = larger(__builtin_shufflevector(v, v, EVEN), __builtin_shufflevector(v, v, ODD));
+        v = larger(SHUFFLE(v, v, EVEN), SHUFFLE(v, v, ODD));
     return v[0];
 }
 
