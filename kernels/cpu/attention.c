@@ -11,7 +11,7 @@
 #define QUERIES 8             /* query heads that go over a block together */
 #define MOST_VECS (256 / VEC) /* of a head: MOST_HEAD_DIM_C of kernels/decode_attention.py */
 
-const int64_t decode_attention_arguments_size = sizeof(struct decode_attention_arguments);
+OP(decode_attention)
 
 struct state {
     float top, sum;
@@ -125,21 +125,28 @@ INLINE void unit(const struct decode_attention_arguments *a, int64_t row, int64_
     }
 }
 
-/* Rows with a long prefix of their own take longer than those that share one: whoever is free takes
-   the next. */
-#define UNITS(vecs)                                                        \
-    _Pragma("omp parallel for schedule(dynamic, 4)")                       \
-    for (int64_t i = 0; i < a->rows * a->kv_heads; i++)                    \
-        unit(a, i / a->kv_heads, i % a->kv_heads, vecs)
+/* By rows where there are enough for all threads, else by units, to whoever is free. */
+#define UNITS(vecs)                                                \
+    if (a->rows >= 2 * omp_get_num_threads()) {                    \
+        ROWS_IN_TURN                                               \
+        for (int64_t row = 0; row < a->rows; row++)                \
+            for (int64_t head = 0; head < a->kv_heads; head++)     \
+                unit(a, row, head, vecs);                          \
+    } else {                                                       \
+        _Pragma("omp barrier")                                     \
+        _Pragma("omp for schedule(dynamic, 1)")                    \
+        for (int64_t i = 0; i < a->rows * a->kv_heads; i++)        \
+            unit(a, i / a->kv_heads, i % a->kv_heads, vecs);       \
+    }
 
-void decode_attention(const struct decode_attention_arguments *a) {
+void decode_attention_share(const struct decode_attention_arguments *a) {
     if (*a->step < 0 || *a->step >= a->slots) return;
     switch (a->head_dim) {
-        case 16: UNITS(16 / VEC); break;
-        case 32: UNITS(32 / VEC); break;
-        case 64: UNITS(64 / VEC); break;
-        case 96: UNITS(96 / VEC); break;
-        case 128: UNITS(128 / VEC); break;
-        default: UNITS((int)(a->head_dim / VEC)); break;
+        case 16: UNITS(16 / VEC) break;
+        case 32: UNITS(32 / VEC) break;
+        case 64: UNITS(64 / VEC) break;
+        case 96: UNITS(96 / VEC) break;
+        case 128: UNITS(128 / VEC) break;
+        default: UNITS((int)(a->head_dim / VEC)) break;
     }
 }

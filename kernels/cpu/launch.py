@@ -18,7 +18,7 @@ _thread = threading.local()  # .recording: the Launches that this thread's ops j
 
 
 class _Launch(ctypes.Structure):
-    _fields_ = (("op", ctypes.c_void_p), ("arguments", ctypes.c_void_p))
+    _fields_ = (("share", ctypes.c_void_p), ("arguments", ctypes.c_void_p))
 
 
 class Launches:
@@ -29,10 +29,12 @@ class Launches:
         self._launches: list[_Launch] = []
         self._array: ctypes.Array | None = None
 
-    def add(self, op: int, arguments: ctypes.Structure, tensors: tuple[Tensor | None, ...]) -> None:
+    def add(
+        self, share: int, arguments: ctypes.Structure, tensors: tuple[Tensor | None, ...]
+    ) -> None:
         """Take a launch; the tensors that its pointers point into live as long as this object."""
         self._kept.append((arguments, tensors))
-        self._launches.append(_Launch(op, ctypes.addressof(arguments)))
+        self._launches.append(_Launch(share, ctypes.addressof(arguments)))
 
     def run(self) -> None:
         """Launch all again."""
@@ -53,7 +55,7 @@ def record() -> Iterator[Launches]:
 
 @cache
 def _op(name: str, fields: tuple[str, ...]) -> tuple[type[ctypes.Structure], ctypes._CFuncPtr, int]:
-    """The structure of an op's arguments, the op, its address.
+    """The structure of an op's arguments, the op, the address of a thread's share of it.
 
     Args:
         fields: names with the type in front: "*" pointer, "#" int64, "%" double.
@@ -65,8 +67,8 @@ def _op(name: str, fields: tuple[str, ...]) -> tuple[type[ctypes.Structure], cty
     wanted = ctypes.c_int64.in_dll(library(), f"{name}_arguments_size").value
     if ctypes.sizeof(structure) != wanted:
         raise BuildError(f"{name}: {ctypes.sizeof(structure)} bytes of arguments, C has {wanted}")
-    function = getattr(library(), name)
-    return structure, function, ctypes.cast(function, ctypes.c_void_p).value
+    share = ctypes.cast(getattr(library(), f"{name}_share"), ctypes.c_void_p).value
+    return structure, getattr(library(), name), share
 
 
 def _launch(name: str, **values: Tensor | int | float | None) -> None:
@@ -79,14 +81,12 @@ def _launch(name: str, **values: Tensor | int | float | None) -> None:
         else:
             fields.append(f"{'%' if isinstance(value, float) else '#'}{field}")
             plain.append(value)
-    structure, function, address = _op(name, tuple(fields))
+    structure, function, share = _op(name, tuple(fields))
     arguments = structure(*plain)
     function(ctypes.byref(arguments))
     recording = getattr(_thread, "recording", None)
     if recording is not None:
-        recording.add(
-            address, arguments, tuple(v for v in values.values() if isinstance(v, Tensor))
-        )
+        recording.add(share, arguments, tuple(v for v in values.values() if isinstance(v, Tensor)))
 
 
 def launch_linear(x: Tensor, panels: Tensor, bias: Tensor | None, out: Tensor, gelu: bool) -> None:

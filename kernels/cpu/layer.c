@@ -3,17 +3,18 @@
 #include "ops.h"
 #include "simd.h"
 
-const int64_t rms_norm_arguments_size = sizeof(struct rms_norm_arguments);
-const int64_t swiglu_arguments_size = sizeof(struct swiglu_arguments);
-const int64_t kv_append_arguments_size = sizeof(struct kv_append_arguments);
+OP(rms_norm)
+OP(swiglu)
+OP(kv_append)
 
 void run_launches(const struct launch *launches, int64_t count) {
-    for (int64_t i = 0; i < count; i++) launches[i].op(launches[i].arguments);
+#pragma omp parallel
+    for (int64_t i = 0; i < count; i++) launches[i].share(launches[i].arguments);
 }
 
-void rms_norm(const struct rms_norm_arguments *a) {
+void rms_norm_share(const struct rms_norm_arguments *a) {
     int64_t width = a->width, whole = width - width % VEC;
-#pragma omp parallel for schedule(static)
+    ROWS_IN_TURN
     for (int64_t row = 0; row < a->rows; row++) {
         const float *x = a->x + row * a->x_stride;
         float *out = a->out + row * a->out_stride;
@@ -37,8 +38,8 @@ void rms_norm(const struct rms_norm_arguments *a) {
     }
 }
 
-void swiglu(const struct swiglu_arguments *a) {
-#pragma omp parallel for schedule(static)
+void swiglu_share(const struct swiglu_arguments *a) {
+    ROWS_IN_TURN
     for (int64_t row = 0; row < a->rows; row++) {
         const float *restrict gate = a->gate_up + row * a->gate_up_stride;
         const float *restrict up = gate + a->width;
@@ -51,10 +52,10 @@ void swiglu(const struct swiglu_arguments *a) {
     }
 }
 
-void kv_append(const struct kv_append_arguments *a) {
+void kv_append_share(const struct kv_append_arguments *a) {
     int64_t half = a->head_dim / 2, slot = *a->step;
     if (slot < 0 || slot >= a->slots) return;
-#pragma omp parallel for schedule(static)
+    ROWS_IN_TURN
     for (int64_t row = 0; row < a->rows; row++) {
         const float *from = a->qkv + row * a->qkv_stride;
         int64_t position = a->first_positions[row] + slot;

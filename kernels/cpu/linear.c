@@ -14,13 +14,16 @@
 #endif
 /* Rows of one thread's turn: they stay in cache while it goes over a panel. A multiple of both. */
 #define BLOCK_ROWS 48
+#define SMALL_WEIGHT (1 << 17) /* elements: half of a usual L2 */
 
 const int64_t linear_panel = PANEL;
-const int64_t linear_arguments_size = sizeof(struct linear_arguments);
+OP(linear)
 
-/* rows <= TILE_ROWS rows of x times one panel; a constant where inlined. */
-INLINE void tile(const struct linear_arguments *a, int64_t first, int64_t panel, const int rows) {
+/* `rows` rows from `first` on, `step` apart, times one panel; rows <= TILE_ROWS is a constant. */
+INLINE void tile(const struct linear_arguments *a, int64_t panel, int64_t first, int64_t step,
+                 const int rows) {
     const float *x = a->x + first * a->x_stride;
+    const int64_t x_stride = step * a->x_stride;
     const float *w = a->panels + panel * a->in_features * PANEL;
     vec sums[TILE_ROWS][2];
     vec bias[2] = {{0}, {0}};
@@ -31,7 +34,7 @@ INLINE void tile(const struct linear_arguments *a, int64_t first, int64_t panel,
     for (int64_t k = 0; k < a->in_features; k++, w += PANEL) {
         vec low = load(w), high = load(w + VEC);
         for (int i = 0; i < rows; i++) {
-            float value = x[i * a->x_stride + k];
+            float value = x[i * x_stride + k];
             sums[i][0] += value * low;
             sums[i][1] += value * high;
         }
@@ -42,7 +45,7 @@ INLINE void tile(const struct linear_arguments *a, int64_t first, int64_t panel,
         store(result + VEC, sums[i][1] + bias[1]);
         if (a->gelu)
             for (int j = 0; j < PANEL; j++) result[j] = gelu32(result[j]);
-        float *y = a->y + (first + i) * a->y_stride + column;
+        float *y = a->y + (first + i * step) * a->y_stride + column;
         if (width == PANEL)
             memcpy(y, result, sizeof result);
         else
@@ -50,22 +53,35 @@ INLINE void tile(const struct linear_arguments *a, int64_t first, int64_t panel,
     }
 }
 
-void linear(const struct linear_arguments *a) {
-    int64_t panels = (a->out_features + PANEL - 1) / PANEL;
-    int64_t blocks = (a->rows + BLOCK_ROWS - 1) / BLOCK_ROWS;
-#pragma omp parallel for schedule(static)
+static void tiles(const struct linear_arguments *a, int64_t panel, int64_t first, int64_t step,
+                  int64_t count) {
+    for (; count >= TILE_ROWS; count -= TILE_ROWS, first += TILE_ROWS * step)
+        tile(a, panel, first, step, TILE_ROWS);
+    switch (count) {
+        case 7: tile(a, panel, first, step, 7); break;
+        case 6: tile(a, panel, first, step, 6); break;
+        case 5: tile(a, panel, first, step, 5); break;
+        case 4: tile(a, panel, first, step, 4); break;
+        case 3: tile(a, panel, first, step, 3); break;
+        case 2: tile(a, panel, first, step, 2); break;
+        case 1: tile(a, panel, first, step, 1); break;
+    }
+}
+
+void linear_share(const struct linear_arguments *a) {
+    int64_t panels = (a->out_features + PANEL - 1) / PANEL, rows = a->rows;
+    int64_t mine = omp_get_thread_num(), threads = omp_get_num_threads();
+    if (a->in_features * a->out_features <= SMALL_WEIGHT && rows >= TILE_ROWS * threads) {
+        for (int64_t panel = 0; panel < panels; panel++)
+            tiles(a, panel, mine, threads, (rows - mine + threads - 1) / threads);
+        return;
+    }
+    /* A weight that every thread had better not read: panels go to threads, with all the rows. */
+    int64_t blocks = (rows + BLOCK_ROWS - 1) / BLOCK_ROWS;
+#pragma omp barrier
+#pragma omp for schedule(static)
     for (int64_t unit = 0; unit < panels * blocks; unit++) {
-        int64_t panel = unit / blocks, row = unit % blocks * BLOCK_ROWS;
-        int64_t end = row + BLOCK_ROWS < a->rows ? row + BLOCK_ROWS : a->rows;
-        for (; row + TILE_ROWS <= end; row += TILE_ROWS) tile(a, row, panel, TILE_ROWS);
-        switch (end - row) {
-            case 7: tile(a, row, panel, 7); break;
-            case 6: tile(a, row, panel, 6); break;
-            case 5: tile(a, row, panel, 5); break;
-            case 4: tile(a, row, panel, 4); break;
-            case 3: tile(a, row, panel, 3); break;
-            case 2: tile(a, row, panel, 2); break;
-            case 1: tile(a, row, panel, 1); break;
-        }
+        int64_t first = unit % blocks * BLOCK_ROWS, left = rows - first;
+        tiles(a, unit / blocks, first, 1, left < BLOCK_ROWS ? left : BLOCK_ROWS);
     }
 }

@@ -3,6 +3,7 @@
 
 #pragma once
 
+#include <omp.h>
 #include <stdint.h>
 
 /* y[r] = act(x[r] W^T + bias); see linear.c for the panels. */
@@ -12,7 +13,7 @@ struct linear_arguments {
     int64_t rows, in_features, out_features, x_stride, y_stride;
     int64_t gelu; /* 1: the exact GELU of the result */
 };
-void linear(const struct linear_arguments *);
+void linear_share(const struct linear_arguments *);
 
 /* out = weight * s / sqrt(mean(s^2) + eps), s = x + residual, which residual_out gets. */
 struct rms_norm_arguments {
@@ -21,7 +22,7 @@ struct rms_norm_arguments {
     int64_t rows, width, x_stride, residual_stride, out_stride, residual_out_stride;
     double eps;
 };
-void rms_norm(const struct rms_norm_arguments *);
+void rms_norm_share(const struct rms_norm_arguments *);
 
 /* out = silu(first half) * second half. */
 struct swiglu_arguments {
@@ -29,7 +30,7 @@ struct swiglu_arguments {
     float *out;
     int64_t rows, width, gate_up_stride, out_stride; /* width: of a half */
 };
-void swiglu(const struct swiglu_arguments *);
+void swiglu_share(const struct swiglu_arguments *);
 
 /* Rotate queries and keys, write keys and values to suffix slot *step. */
 struct kv_append_arguments {
@@ -41,7 +42,7 @@ struct kv_append_arguments {
     int64_t cache_row_stride, cache_head_stride, cache_token_stride;
     int64_t q_row_stride, q_head_stride;
 };
-void kv_append(const struct kv_append_arguments *);
+void kv_append_share(const struct kv_append_arguments *);
 
 /* Attention of one query a row over its prefix, then suffix tokens 0 to *step. */
 struct decode_attention_arguments {
@@ -55,7 +56,7 @@ struct decode_attention_arguments {
     int64_t out_stride;
     double scale;
 };
-void decode_attention(const struct decode_attention_arguments *);
+void decode_attention_share(const struct decode_attention_arguments *);
 
 /* Guided draw of column *step, its log-probs, the next inputs; *step grows by one. */
 struct sample_step_arguments {
@@ -74,11 +75,24 @@ struct sample_step_arguments {
     int64_t seed, step_offset, greedy, eos, pad;
     double cfg_weight, temperature;
 };
-void sample_step(const struct sample_step_arguments *);
+void sample_step_share(const struct sample_step_arguments *);
 
 /* One after the other: what a recorded decode step is made of. */
 struct launch {
-    void (*op)(const void *);
+    void (*share)(const void *);
     const void *arguments;
 };
 void run_launches(const struct launch *, int64_t count);
+
+/* An op is its share: what each thread of a team does of it.
+
+   Rows go to threads in turn, in every op alike, so that what a thread reads of its rows is what it
+   wrote, and no op waits for another: a team passes through a whole recorded step. Waiting is dear
+   where the threads lie on parts of a processor that share no cache. An op whose threads read what
+   others wrote has barriers of its own, before it and after it. */
+#define ROWS_IN_TURN _Pragma("omp for schedule(static, 1) nowait")
+#define OP(name)                                                      \
+    const int64_t name##_arguments_size = sizeof(struct name##_arguments); \
+    void name(const struct name##_arguments *arguments) {             \
+        _Pragma("omp parallel") name##_share(arguments);              \
+    }

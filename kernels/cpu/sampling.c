@@ -8,7 +8,7 @@
 
 #define BLOCK 64 /* vocabulary entries at a time: 16 Philox counters */
 
-const int64_t sample_step_arguments_size = sizeof(struct sample_step_arguments);
+OP(sample_step)
 
 /* Gumbel noise of entries first to first + BLOCK - 1 of a row. */
 INLINE void gumbel(float *noise, uint64_t seed, uint64_t sample, uint32_t step, int64_t first) {
@@ -114,9 +114,11 @@ static struct draw draw_row(const struct sample_step_arguments *a, int64_t row) 
     return draw;
 }
 
-void sample_step(const struct sample_step_arguments *a) {
-    int64_t column = *a->step, bad = INT64_MAX; /* row */
-#pragma omp parallel for schedule(static) reduction(min : bad)
+void sample_step_share(const struct sample_step_arguments *a) {
+    const int64_t column = *a->step;
+    int64_t bad = INT64_MAX; /* row */
+#pragma omp barrier /* a row's unconditional logits may be another thread's */
+    ROWS_IN_TURN
     for (int64_t row = 0; row < a->rows; row++) {
         uint8_t *alive = a->alive ? a->alive + row * a->alive_stride : NULL;
         struct draw draw = {a->pad, 0, 0};
@@ -136,6 +138,12 @@ void sample_step(const struct sample_step_arguments *a) {
         memcpy(a->x + row * a->x_stride, from, sizeof(float) * a->width);
         if (a->uncond) memcpy(a->x + (a->rows + row) * a->x_stride, from, sizeof(float) * a->width);
     }
-    if (bad != INT64_MAX && !*a->error) *a->error = 1 + column * a->rows + bad;
+    if (bad != INT64_MAX) {
+        int64_t code = 1 + column * a->rows + bad; /* the first step's first row is the least */
+#pragma omp critical
+        if (!*a->error || code < *a->error) *a->error = code;
+    }
+#pragma omp barrier /* all have read the step */
+#pragma omp single
     ++*a->step;
 }
