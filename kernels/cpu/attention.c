@@ -128,8 +128,7 @@ INLINE void unit(const struct decode_attention_arguments *a, int64_t row, int64_
 /* By rows where there are enough for all threads, else by units, to whoever is free. */
 #define UNITS(vecs)                                                \
     if (a->rows >= 2 * omp_get_num_threads()) {                    \
-        ROWS_IN_TURN                                               \
-        for (int64_t row = 0; row < a->rows; row++)                \
+        OWN_ROWS(row, a->rows)                                     \
             for (int64_t head = 0; head < a->kv_heads; head++)     \
                 unit(a, row, head, vecs);                          \
     } else {                                                       \

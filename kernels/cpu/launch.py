@@ -45,7 +45,11 @@ class Launches:
 
 @contextmanager
 def record() -> Iterator[Launches]:
-    """Run this thread's C ops as usual, and keep them as well. PyTorch's own ops are not kept."""
+    """Run this thread's C ops as usual, and keep them as well. PyTorch's own ops are not kept.
+
+    What an op of the recording reads of another's results must be the same rows of as many:
+    threads keep to their rows and wait for no other (ops.h).
+    """
     _thread.recording = launches = Launches()
     try:
         yield launches

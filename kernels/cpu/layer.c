@@ -14,8 +14,7 @@ void run_launches(const struct launch *launches, int64_t count) {
 
 void rms_norm_share(const struct rms_norm_arguments *a) {
     int64_t width = a->width, whole = width - width % VEC;
-    ROWS_IN_TURN
-    for (int64_t row = 0; row < a->rows; row++) {
+    OWN_ROWS(row, a->rows) {
         const float *x = a->x + row * a->x_stride;
         float *out = a->out + row * a->out_stride;
         if (a->residual) { /* the sum may be written over x or over the residual */
@@ -39,8 +38,7 @@ void rms_norm_share(const struct rms_norm_arguments *a) {
 }
 
 void swiglu_share(const struct swiglu_arguments *a) {
-    ROWS_IN_TURN
-    for (int64_t row = 0; row < a->rows; row++) {
+    OWN_ROWS(row, a->rows) {
         const float *restrict gate = a->gate_up + row * a->gate_up_stride;
         const float *restrict up = gate + a->width;
         float *restrict out = a->out + row * a->out_stride;
@@ -55,8 +53,7 @@ void swiglu_share(const struct swiglu_arguments *a) {
 void kv_append_share(const struct kv_append_arguments *a) {
     int64_t half = a->head_dim / 2, slot = *a->step;
     if (slot < 0 || slot >= a->slots) return;
-    ROWS_IN_TURN
-    for (int64_t row = 0; row < a->rows; row++) {
+    OWN_ROWS(row, a->rows) {
         const float *from = a->qkv + row * a->qkv_stride;
         int64_t position = a->first_positions[row] + slot;
         if (position < 0 || position >= a->positions) { /* not an angle: NaN, which does not hide */

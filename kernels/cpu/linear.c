@@ -19,11 +19,9 @@
 const int64_t linear_panel = PANEL;
 OP(linear)
 
-/* `rows` rows from `first` on, `step` apart, times one panel; rows <= TILE_ROWS is a constant. */
-INLINE void tile(const struct linear_arguments *a, int64_t panel, int64_t first, int64_t step,
-                 const int rows) {
+/* `rows` rows from `first` on times one panel; rows <= TILE_ROWS is a constant where inlined. */
+INLINE void tile(const struct linear_arguments *a, int64_t panel, int64_t first, const int rows) {
     const float *x = a->x + first * a->x_stride;
-    const int64_t x_stride = step * a->x_stride;
     const float *w = a->panels + panel * a->in_features * PANEL;
     vec sums[TILE_ROWS][2];
     vec bias[2] = {{0}, {0}};
@@ -34,7 +32,7 @@ INLINE void tile(const struct linear_arguments *a, int64_t panel, int64_t first,
     for (int64_t k = 0; k < a->in_features; k++, w += PANEL) {
         vec low = load(w), high = load(w + VEC);
         for (int i = 0; i < rows; i++) {
-            float value = x[i * x_stride + k];
+            float value = x[i * a->x_stride + k];
             sums[i][0] += value * low;
             sums[i][1] += value * high;
         }
@@ -45,7 +43,7 @@ INLINE void tile(const struct linear_arguments *a, int64_t panel, int64_t first,
         store(result + VEC, sums[i][1] + bias[1]);
         if (a->gelu)
             for (int j = 0; j < PANEL; j++) result[j] = gelu32(result[j]);
-        float *y = a->y + (first + i * step) * a->y_stride + column;
+        float *y = a->y + (first + i) * a->y_stride + column;
         if (width == PANEL)
             memcpy(y, result, sizeof result);
         else
@@ -53,27 +51,26 @@ INLINE void tile(const struct linear_arguments *a, int64_t panel, int64_t first,
     }
 }
 
-static void tiles(const struct linear_arguments *a, int64_t panel, int64_t first, int64_t step,
-                  int64_t count) {
-    for (; count >= TILE_ROWS; count -= TILE_ROWS, first += TILE_ROWS * step)
-        tile(a, panel, first, step, TILE_ROWS);
-    switch (count) {
-        case 7: tile(a, panel, first, step, 7); break;
-        case 6: tile(a, panel, first, step, 6); break;
-        case 5: tile(a, panel, first, step, 5); break;
-        case 4: tile(a, panel, first, step, 4); break;
-        case 3: tile(a, panel, first, step, 3); break;
-        case 2: tile(a, panel, first, step, 2); break;
-        case 1: tile(a, panel, first, step, 1); break;
+static void tiles(const struct linear_arguments *a, int64_t panel, int64_t first, int64_t end) {
+    for (; first + TILE_ROWS <= end; first += TILE_ROWS) tile(a, panel, first, TILE_ROWS);
+    switch (end - first) {
+        case 7: tile(a, panel, first, 7); break;
+        case 6: tile(a, panel, first, 6); break;
+        case 5: tile(a, panel, first, 5); break;
+        case 4: tile(a, panel, first, 4); break;
+        case 3: tile(a, panel, first, 3); break;
+        case 2: tile(a, panel, first, 2); break;
+        case 1: tile(a, panel, first, 1); break;
     }
 }
 
 void linear_share(const struct linear_arguments *a) {
     int64_t panels = (a->out_features + PANEL - 1) / PANEL, rows = a->rows;
-    int64_t mine = omp_get_thread_num(), threads = omp_get_num_threads();
-    if (a->in_features * a->out_features <= SMALL_WEIGHT && rows >= TILE_ROWS * threads) {
+    int64_t small = a->in_features * a->out_features <= SMALL_WEIGHT;
+    if (small && rows >= TILE_ROWS * omp_get_num_threads()) {
+        int64_t length = run_length(rows);
         for (int64_t panel = 0; panel < panels; panel++)
-            tiles(a, panel, mine, threads, (rows - mine + threads - 1) / threads);
+            OWN_RUNS(first, rows, length) tiles(a, panel, first, RUN_END(first, rows, length));
         return;
     }
     /* A weight that every thread had better not read: panels go to threads, with all the rows. */
@@ -81,7 +78,7 @@ void linear_share(const struct linear_arguments *a) {
 #pragma omp barrier
 #pragma omp for schedule(static)
     for (int64_t unit = 0; unit < panels * blocks; unit++) {
-        int64_t first = unit % blocks * BLOCK_ROWS, left = rows - first;
-        tiles(a, unit / blocks, first, 1, left < BLOCK_ROWS ? left : BLOCK_ROWS);
+        int64_t first = unit % blocks * BLOCK_ROWS;
+        tiles(a, unit / blocks, first, RUN_END(first, rows, BLOCK_ROWS));
     }
 }

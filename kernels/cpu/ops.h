@@ -6,6 +6,8 @@
 #include <omp.h>
 #include <stdint.h>
 
+#include "simd.h"
+
 /* y[r] = act(x[r] W^T + bias); see linear.c for the panels. */
 struct linear_arguments {
     const float *x, *panels, *bias; /* bias: NULL or out_features */
@@ -86,13 +88,28 @@ void run_launches(const struct launch *, int64_t count);
 
 /* An op is its share: what each thread of a team does of it.
 
-   Rows go to threads in turn, in every op alike, so that what a thread reads of its rows is what it
+   Each thread has two runs of rows, the same in every op, so that what it reads of them is what it
    wrote, and no op waits for another: a team passes through a whole recorded step. Waiting is dear
    where the threads lie on parts of a processor that share no cache. An op whose threads read what
-   others wrote has barriers of its own, before it and after it. */
-#define ROWS_IN_TURN _Pragma("omp for schedule(static, 1) nowait")
-#define OP(name)                                                      \
+   others wrote has barriers of its own, before it and after it.
+
+   Two runs, because the first half of the rows of a guided rollout is conditional and has longer
+   prefixes of its own. Not rows in turn: a core would fetch the next row, another thread's, ahead. */
+INLINE int64_t run_length(int64_t rows) {
+    int64_t runs = 2 * omp_get_num_threads();
+    return (rows + runs - 1) / runs;
+}
+#define OWN_RUNS(first, rows, length)                                               \
+    for (int64_t first = omp_get_thread_num() * (length); first < (rows);           \
+         first += omp_get_num_threads() * (length))
+#define RUN_END(first, rows, length) ((first) + (length) < (rows) ? (first) + (length) : (rows))
+#define OWN_ROWS(row, rows)                                                         \
+    for (int64_t length_ = run_length(rows), once_ = 1; once_; once_ = 0)           \
+        OWN_RUNS(first_, rows, length_)                                             \
+            for (int64_t row = first_; row < RUN_END(first_, rows, length_); row++)
+
+#define OP(name)                                                           \
     const int64_t name##_arguments_size = sizeof(struct name##_arguments); \
-    void name(const struct name##_arguments *arguments) {             \
-        _Pragma("omp parallel") name##_share(arguments);              \
+    void name(const struct name##_arguments *arguments) {                  \
+        _Pragma("omp parallel") name##_share(arguments);                   \
     }

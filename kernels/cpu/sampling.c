@@ -118,8 +118,7 @@ void sample_step_share(const struct sample_step_arguments *a) {
     const int64_t column = *a->step;
     int64_t bad = INT64_MAX; /* row */
 #pragma omp barrier /* a row's unconditional logits may be another thread's */
-    ROWS_IN_TURN
-    for (int64_t row = 0; row < a->rows; row++) {
+    OWN_ROWS(row, a->rows) {
         uint8_t *alive = a->alive ? a->alive + row * a->alive_stride : NULL;
         struct draw draw = {a->pad, 0, 0};
         if (!alive || *alive) {
