@@ -5,8 +5,6 @@ Triton kernels (interpreted where there is no GPU) at the smallest shapes.
 """
 
 import dataclasses
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import pytest
 import torch
@@ -16,7 +14,7 @@ from bench.launches import count_loop_step, count_step, launches_per_step
 from engine.policy import Policy
 from engine.rollout import IMAGE_STEP, sample_images, sample_text
 from engine.sampling import Sampling, distinct_prompts
-from engine.static_decode import Prepared, StaticDecoder
+from engine.static_decode import StaticDecoder
 from engine.static_step import StaticStep
 from kernels.cpu.build import library
 from kernels.cpu.launch import Launches
@@ -202,43 +200,6 @@ def test_uninitialised_memory_is_never_read(pair, make_prompts, monkeypatch):
     monkeypatch.setattr(torch, "empty", filled)
     for a, b in zip(clean, decode_images(policy, prompts), strict=True):
         assert torch.equal(a, b)
-
-
-@pytest.mark.skipif(library() is None, reason="the C ops cannot be compiled here")
-@pytest.mark.parametrize("samples", [1, 3, 21])
-def test_any_number_of_threads_gives_the_same_bits(pair, make_prompts, samples):
-    """Threads that waited for each other too little would differ, now and then."""
-    _, policy = pair(2)
-    distinct, owner, order = distinct_prompts(make_prompts(*range(5, 5 + samples)))
-    prepared = Prepared(policy, distinct, image=True)
-    found = []
-    for threads in (1, 2, 3, 5, 2, 5):
-        with torch_threads(threads):
-            decoder = StaticDecoder(
-                policy,
-                distinct,
-                owner,
-                order,
-                steps=policy.image_tokens,
-                sampling=image_sampling(order),
-                prepared=prepared,
-            )
-            assert decoder.step.in_c
-            found.append(decoder.decode())
-    for drawn in found[1:]:
-        assert torch.equal(drawn.ids, found[0].ids)
-        assert torch.equal(drawn.logprobs, found[0].logprobs)
-        assert torch.equal(drawn.guided_logprobs, found[0].guided_logprobs)
-
-
-@contextmanager
-def torch_threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 # The Triton kernels
