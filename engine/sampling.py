@@ -77,6 +77,8 @@ def distinct_prompts(prompts: Sequence[Tensor]) -> tuple[list[Tensor], Tensor, T
 
 def joined(parts: Sequence[Decoded], pad: int) -> Decoded:
     """Rows of several decodings one below the other; shorter ones are filled up with ended rows."""
+    if len(parts) == 1:
+        return parts[0]
     width = max(part.ids.shape[1] for part in parts)
 
     def stacked(name: str, fill: float) -> Tensor:

@@ -10,6 +10,7 @@ from transformers import GenerationConfig
 import engine.decode
 import engine.static_step
 from engine.errors import UserError
+from engine.kv_cache import kv_bytes
 from engine.layers import Layer
 from engine.rollout import sample_images, sample_text
 from engine.static_decode import StaticDecoder
@@ -192,6 +193,44 @@ def test_prefix_is_computed_once_and_memory_does_not_grow(
     assert len(alive) == 2 and alive[1] - alive[0] <= 4096
     # One call a layer but the last, of which only keys and values are made; a row a distinct prompt.
     assert forwards == [(distinct, 12)]
+
+
+@pytest.mark.parametrize("sampler", ["images", "text"])
+def test_portions_that_fit_the_cache_change_nothing(
+    new_policy, make_prompts, monkeypatch, sampler, decoder
+):
+    """20 samples 9 at most at a time are 7, 7 and 6; a cache that holds 7 takes all at once."""
+    if decoder == "PyTorch":
+        pytest.skip("decodes all rows at once")
+    policy, prompts = new_policy(), make_prompts(*[6, 9, 12, 7, 10] * 4)
+    policy.eos = -1
+    policy.eos = int(sample_text(policy, prompts, max_new_tokens=16, seed=1).ids[0, 2])
+
+    def run():
+        if sampler == "images":
+            return sample_images(policy, prompts, seed=1)
+        return sample_text(policy, prompts, max_new_tokens=16, seed=1)
+
+    weights = sum(w.nbytes for w in policy.model.language_model.parameters())
+    sample = (12 + 16 + (16 if sampler == "images" else 0)) * kv_bytes(policy.config, policy.dtype)
+    rows, make = [], StaticDecoder.__init__
+
+    def counted(self, policy, distinct, owner, *rest, **options):
+        rows.append(len(owner))
+        make(self, policy, distinct, owner, *rest, **options)
+
+    monkeypatch.setattr(StaticDecoder, "__init__", counted)
+    found = []
+    for fitting in (9, 7):
+        size = 2 * (weights + fitting * sample) + 2
+        monkeypatch.setattr("engine.static_decode._cache_bytes", lambda size=size: size)
+        found.append(run())
+    assert rows == [7, 7, 6, 20]
+    assert torch.equal(found[0].ids, found[1].ids)
+    assert torch.equal(found[0].logprobs, found[1].logprobs)
+    if sampler == "text":
+        assert torch.equal(found[0].mask, found[1].mask)
+        assert len(set(found[0].mask.sum(1).tolist())) > 1
 
 
 def test_uninitialised_memory_is_never_read(pair, make_prompts, monkeypatch):
