@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from engine.kv_cache import KVCache, prefill, share
+from engine.kv_cache import KVCache, prefill_prompts, share
 from engine.layers import RMSNorm
 from engine.packed_linear import BlockedLinear
 from engine.policy import Policy
@@ -35,12 +35,8 @@ def decode_eager(
     device, count, image = policy.device, len(prompts), sampling.image
     ids = sampling.sample_ids[order]
     lengths = torch.tensor([len(p) for p in distinct], device=device)[owner] - 1
-    heads = [p[:-1] for p in distinct]
     branches = 2 if image else 1  # rows: conditional, then unconditional
-    if image:
-        # Every unconditional prefix is a head of the longest one, image-start being a suffix token.
-        heads.append(policy.unconditional(max(distinct, key=len))[:-1])
-    keys, values = prefill(policy, heads)
+    keys, values = prefill_prompts(policy, distinct, image=image)
     own = len(distinct)
     prefixes = [share(keys[:, :own], values[:, :own], lengths, owner=owner)]
     if image:

@@ -81,6 +81,23 @@ def prefill(policy: Policy, prompts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     return keys, values
 
 
+def prefill_prompts(
+    policy: Policy, distinct: Sequence[Tensor], *, image: bool
+) -> tuple[Tensor, Tensor]:
+    """Keys and values of what rows share: the prompts but for their last token.
+
+    Args:
+        distinct: U tensors (L_i,) int64.
+        image: then the unconditional prompt comes after the U, as long as the longest of them:
+            every unconditional prefix is a head of it.
+    Returns: see `prefill`.
+    """
+    prefixes = [p[:-1] for p in distinct]
+    if image:
+        prefixes.append(policy.unconditional(max(distinct, key=len))[:-1])
+    return prefill(policy, prefixes)
+
+
 def share(keys: Tensor, values: Tensor, lengths: Tensor, *, owner: Tensor) -> Prefixes:
     """Prefixes for consecutive rows from prefilled prompts.
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from engine.kv_cache import kv_bytes, prefill
+from engine.kv_cache import kv_bytes, prefill_prompts
 from engine.policy import Policy
 from engine.sampling import Decoded, Sampling, distinct_prompts, joined
 from engine.static_step import StaticStep
@@ -92,18 +92,13 @@ class Prepared:
 
     Attributes:
         weights: for a step.
-        prefixes: keys and values (layers, U, Hkv, P, head_dim) of the prompts but for their last
-            token; for images the unconditional prompt comes after the U.
+        prefixes: keys and values (layers, U or U + 1, Hkv, P, head_dim): see `prefill_prompts`.
     """
 
     @torch.no_grad()
     def __init__(self, policy: Policy, distinct: Sequence[Tensor], *, image: bool) -> None:
-        prefixes = [p[:-1] for p in distinct]
-        if image:
-            # Every unconditional prefix is a head of the longest one.
-            prefixes.append(policy.unconditional(max(distinct, key=len))[:-1])
         self.weights = StepWeights(policy, image=image)
-        self.prefixes = prefill(policy, prefixes)
+        self.prefixes = prefill_prompts(policy, distinct, image=image)
 
 
 class StaticDecoder:

@@ -22,7 +22,7 @@ from kernels.decode_attention import (
     prefix_tiles,
     tile_rows,
 )
-from kernels.dispatch import use_c, use_triton
+from kernels.dispatch import use_c
 from kernels.head_sample import head_sample, head_workspace
 from kernels.kv_append import kv_append
 from kernels.rms_norm import rms_norm
@@ -75,7 +75,9 @@ class StaticStep:
     ) -> None:
         self.policy, self.weights = policy, weights
         self.sampling, self.steps = sampling, steps
-        self.fused_head = fused_head and sampling.top_k == 0 and sampling.top_p == 1.0
+        all_tokens = sampling.top_k == 0 and sampling.top_p == 1.0
+        self.fused_head = fused_head and all_tokens
+        self.in_c = all_tokens and not fused_head and has_c_ops(policy)
         text = policy.config.text_config
         self.heads, self.kv_heads = text.num_attention_heads, text.num_key_value_heads
         self.head_dim = head_dimension(policy.config)
@@ -87,8 +89,6 @@ class StaticStep:
         self.cos, self.sin = cos[:, :half].contiguous(), signed_sin[:, half:].contiguous()
         self._allocate(len(lengths), len(last), longest)
         self.prefixes = list(zip(prefix_keys, prefix_values, strict=True))
-        whole = sampling.top_k == 0 and sampling.top_p == 1.0 and not self.fused_head
-        self.in_c = whole and not use_triton(self.x) and has_c_ops(policy)
         self.x.copy_(policy.embed_text(last).repeat(len(lengths) // len(last), 1))
 
     def _allocate(self, rows: int, count: int, prefix: int) -> None:

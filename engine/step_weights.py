@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from engine.packed_linear import packed
 from engine.policy import Policy
 from kernels.cpu.linear import PanelLinear
-from kernels.dispatch import use_c, use_triton
+from kernels.dispatch import use_c
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,8 +29,7 @@ class _Linear:
 @torch.no_grad()
 def _linear(*modules: nn.Linear) -> _Linear | PanelLinear:
     weight, bias = packed(*modules)
-    in_c = use_c(weight) and not use_triton(weight)
-    return PanelLinear(weight, bias) if in_c else _Linear(weight.t(), bias)
+    return PanelLinear(weight, bias) if use_c(weight) else _Linear(weight.t(), bias)
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,7 @@ from kernels import reference_attention
 from kernels.dispatch import use_c, use_triton
 from kernels.kv_append import DTYPES, check_index, check_tensor
 
-MOST_HEAD_DIM_C = 256  # beyond it the C kernel has no registers left; PyTorch then
+MOST_HEAD_DIM_C = 256  # the C kernel's arrays of a head end there; PyTorch beyond
 
 
 def decode_attention(

@@ -14,8 +14,10 @@ def use_triton(x: Tensor) -> bool:
 def use_c(x: Tensor) -> bool:
     """fp32 CPU tensors take the C kernel while gradients are off; see kernels.cpu.build.
 
-    Plain ones: FakeTensor and other subclasses have no memory to point to.
+    Plain ones: FakeTensor and other subclasses have no memory to point to. Never what takes Triton.
     """
+    if use_triton(x):
+        return False
     plain = type(x) in (Tensor, torch.nn.Parameter) and x.layout == torch.strided
     if not plain or x.device.type != "cpu" or x.dtype != torch.float32 or torch.is_grad_enabled():
         return False

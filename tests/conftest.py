@@ -134,6 +134,28 @@ def c_ops() -> Iterator[None]:
         yield
 
 
+def take(request, device: str) -> str:
+    """Have ops take what the fixture's parameter names. Returns the device for their tensors."""
+    if request.param == "triton":
+        request.getfixturevalue("interpreter")
+        return device
+    if request.param == "c":
+        request.getfixturevalue("c_ops")
+    return "cpu"
+
+
+@pytest.fixture(params=["triton", "c"])
+def kernel(request, device) -> str:
+    """Run the op by its kernels. Returns the device."""
+    return take(request, device)
+
+
+@pytest.fixture(params=["triton", "c", "pytorch"])
+def path(request, device) -> str:
+    """Run the op by its kernels and by PyTorch. Returns the device."""
+    return take(request, device)
+
+
 @pytest.fixture
 def nearest_rounding(monkeypatch) -> None:
     """The interpreter cuts fp32 down to bf16; hardware rounds to the nearest even."""

@@ -22,16 +22,6 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SLACK = {torch.float32: 1e-6, torch.bfloat16: 1e-4, torch.float16: 1e-5}
 
 
-@pytest.fixture(params=["triton", "c"])
-def kernel(request, device):
-    """Run the op by its kernels. Returns the device."""
-    if request.param == "triton":
-        request.getfixturevalue("interpreter")
-        return device
-    request.getfixturevalue("c_ops")
-    return "cpu"
-
-
 class Case:
     """Random inputs of the op; the cache is NaN beyond each row's tokens.
 

@@ -17,17 +17,6 @@ LENGTH = 40  # positions in the tables
 SLOTS = 5
 
 
-@pytest.fixture(params=["triton", "c", "pytorch"])
-def path(request, device):
-    """Run the op by its kernels and by PyTorch. Returns the device."""
-    if request.param == "triton":
-        request.getfixturevalue("interpreter")
-        return device
-    if request.param == "c":
-        request.getfixturevalue("c_ops")
-    return "cpu"
-
-
 class Case:
     """Random projections and a NaN-filled cache; the cache and qkv are views of larger tensors."""
 

@@ -21,17 +21,6 @@ EPS = 1e-6
 SLACK = {torch.float32: 1e-6, torch.bfloat16: 1e-6, torch.float16: 1e-6}
 
 
-@pytest.fixture(params=["triton", "c", "pytorch"])
-def path(request, device):
-    """Run the op by its kernels and by PyTorch. Returns the device."""
-    if request.param == "triton":
-        request.getfixturevalue("interpreter")
-        return device
-    if request.param == "c":
-        request.getfixturevalue("c_ops")
-    return "cpu"
-
-
 def poisoned(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> Tensor:
     return torch.full(shape, torch.nan, dtype=dtype, device=device)
 

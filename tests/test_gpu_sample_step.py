@@ -13,16 +13,6 @@ from kernels.reference import guide, linear_logits, log_softmax_at
 WIDTH, STEPS, OFFSET = 20, 4, 1 << 20
 
 
-@pytest.fixture(params=["triton", "c"])
-def kernel(request, device):
-    """Run the op by its kernels. Returns the device."""
-    if request.param == "triton":
-        request.getfixturevalue("interpreter")
-        return device
-    request.getfixturevalue("c_ops")
-    return "cpu"
-
-
 @pytest.fixture
 def on_pytorch(monkeypatch):
     """Run a call on the PyTorch path: CPU tensors, no interpreter, no C."""

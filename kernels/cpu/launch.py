@@ -25,13 +25,11 @@ class Launches:
     """Launches in their order, to be repeated on the same memory."""
 
     def __init__(self) -> None:
-        self._kept: list[tuple[ctypes.Structure, tuple[Tensor | None, ...]]] = []
+        self._kept: list[tuple[ctypes.Structure, tuple[Tensor, ...]]] = []
         self._launches: list[_Launch] = []
         self._array: ctypes.Array | None = None
 
-    def add(
-        self, share: int, arguments: ctypes.Structure, tensors: tuple[Tensor | None, ...]
-    ) -> None:
+    def add(self, share: int, arguments: ctypes.Structure, tensors: tuple[Tensor, ...]) -> None:
         """Take a launch; the tensors that its pointers point into live as long as this object."""
         self._kept.append((arguments, tensors))
         self._launches.append(_Launch(share, ctypes.addressof(arguments)))
