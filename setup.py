@@ -15,7 +15,7 @@ setup(
         ]
     ),
     package_data={
-        "engine": ["prompts/*.txt"],
+        "engine.prompts": ["*.txt"],
         "kernels.cpu": ["*.c", "*.h"],
         "engine.tiny": ["data/*.jsonl", "weights/*.json", "weights/*/*"],
     },

@@ -10,9 +10,15 @@ from types import ModuleType
 
 import torch
 
-from bench import generate, gpu_check, kernels, loss, machine, overlap, rewards, rollout
-from engine.errors import UserError, run_command
-from engine.options import nearest, parse_args
+from bench import kernels, machine
+from bench.gpu import check as gpu_check
+from bench.loss import suite as loss
+from bench.rewards import overlap
+from bench.rewards import suite as rewards
+from bench.rollout import generate
+from bench.rollout import suite as rollout
+from engine.settings.errors import UserError, run_command
+from engine.settings.options import nearest, parse_args
 
 # A suite is a module with a settings class `Config` (which has json and threads) and
 # run(config) -> {"rows": [...], "ratios": {...}, "correct": bool}.

@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bench import machine
-from engine.errors import UserError, run_command
-from engine.options import check_fields, option, parse_args
+from engine.settings.errors import UserError, run_command
+from engine.settings.options import check_fields, option, parse_args
 
 LEVELS = {"both": "semantic,token", "semantic": "semantic", "token": "token"}
 RIDDLES = "riddle"  # the task type that needs the plan

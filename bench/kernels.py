@@ -2,7 +2,7 @@
 
 For each model, dtype, number of rows and group: registers, spills, shared memory, width of global
 accesses, tensor-core instructions, and bytes moved over the least possible. The rules are those of
-kernels/audit.py; a broken one is a line on stderr and exit code 1. `rows` has a row a kernel, dtype
+kernels/compiled/audit.py; a broken one is a line on stderr and exit code 1. `rows` has a row a kernel, dtype
 and architecture; `configurations` (with --json) one a distinct compilation.
 """
 
@@ -19,13 +19,13 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from bench.launches import launches_per_step
-from engine.errors import UserError
-from engine.options import check_fields, nearest, option
+from bench.rollout.launches import launches_per_step
 from engine.policy import load_policy
+from engine.settings.errors import UserError
+from engine.settings.options import check_fields, nearest, option
 
 if TYPE_CHECKING:
-    from kernels.audit import Finding, Job
+    from kernels.compiled.audit import Finding, Job
     from kernels.gpu.launch import Launch
 
 
@@ -38,7 +38,7 @@ class Config:
     arch: list[Literal["sm_80", "sm_90", "sm_100"]] = option(
         ("sm_80", "sm_90", "sm_100"), "architectures compiled for"
     )
-    models: list[str] = option((), "models by name; none: all of kernels/audit.py")
+    models: list[str] = option((), "models by name; none: all of kernels/compiled/audit.py")
     dtypes: list[Literal["bf16", "fp16", "fp32"]] = option(("bf16", "fp16", "fp32"), "dtypes")
     rows: list[int] = option((16, 32, 64, 128), "conditional and unconditional rows", at_least=2)
     groups: list[int] = option((1, 8), "rows that share a prompt prefix", at_least=1)
@@ -54,7 +54,7 @@ def run(config: Config) -> dict:
     """The suite's {"rows", "ratios", "correct"}. Raises: UserError under TRITON_INTERPRET."""
     if os.environ.get("TRITON_INTERPRET", "0").lower() not in ("", "0", "false", "off"):
         raise UserError("TRITON_INTERPRET is set, and the audit compiles kernels: unset it")
-    from kernels import audit
+    from kernels.compiled import audit
 
     known = audit.MODELS
     models = _chosen("models", config.models, known)
@@ -114,7 +114,7 @@ def _chosen(flag: str, names: list[str], known: Iterable[str]) -> list[str]:
 
 def _examine(jobs: list["Job"], processes: int) -> list["Finding"]:
     """Findings in the order of the jobs."""
-    from kernels.audit import examine
+    from kernels.compiled.audit import examine
 
     if processes == 1 or len(jobs) < 8:
         return [examine(job) for job in jobs]
@@ -170,7 +170,7 @@ def page(
     """docs/kernels.md: the rules, a row a kernel, dtype and architecture, and the traffic."""
     import triton
 
-    from kernels import audit
+    from kernels.compiled import audit
 
     rules = audit.__doc__[audit.__doc__.index("* No spills") :].strip()
     columns = {
@@ -197,7 +197,7 @@ def page(
         f"groups {', '.join(map(str, config.groups))}"
         f"{'; one configuration of each kernel and dtype' if config.quick else ''}.",
         "",
-        "The rules, which tests/test_audit.py holds every kernel to:",
+        "The rules, which tests/kernels/compiled/test_audit.py holds every kernel to:",
         "",
         rules,
         "",
@@ -237,7 +237,7 @@ def page(
         "## Launches of one decode step",
         "",
         f"Counted on a trace of the tiny model ({counts['layers']} layers, bf16), for both engines in",
-        "the same way (bench/launches.py): every op that computes or copies, every Triton kernel.",
+        "the same way (bench/rollout/launches.py): every op that computes or copies, every Triton kernel.",
         "",
         "| engine | launches a step |",
         "| --- | --- |",

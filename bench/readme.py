@@ -19,8 +19,8 @@ from PIL import Image
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
-from engine.errors import UserError
-from engine.pictures import save_grid
+from engine.run.grids import save_grid
+from engine.settings.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 ASSETS = ROOT / "docs" / "assets"

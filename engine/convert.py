@@ -10,10 +10,10 @@ from typing import Literal
 
 import torch
 
-from engine.errors import run_command
-from engine.options import check_fields, option, parse_args
 from engine.policy import load_policy, save_policy
-from engine.weights_save import require_replaceable
+from engine.settings.errors import run_command
+from engine.settings.options import check_fields, option, parse_args
+from engine.weights.save import require_replaceable
 
 
 @dataclass(kw_only=True, slots=True)

@@ -9,14 +9,14 @@ from typing import Any, Literal
 
 import torch
 
-from engine.device import open_device
-from engine.errors import UserError
-from engine.image_modules import picture_side
-from engine.reward_config import EXPERTS, RewardConfig
+from engine.model.image_modules import picture_side
+from engine.settings.device import open_device
+from engine.settings.errors import UserError
+from engine.settings.rewards import EXPERTS, RewardConfig
 from engine.tiny.experts import EXPERT_NAMES as TINY_EXPERTS
 from engine.tiny.experts import build_experts
 from engine.tiny.world import IMAGE_SIZE
-from engine.weights import folder_of, read_config
+from engine.weights.read import folder_of, read_config
 from rewards import Ensemble, RewardExpert, RewardPipeline
 
 TINY_WEIGHTS = Path(__file__).parent / "tiny" / "weights"

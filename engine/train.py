@@ -25,26 +25,26 @@ from typing import Any
 import nvtx
 import torch
 
-from engine.checkpoint import atomic_write_text, latest_checkpoint
-from engine.config import TrainConfig
-from engine.conversation import Conversation
-from engine.data import PromptSampler, Row, load_prompts, load_template
-from engine.device import open_device
-from engine.errors import UserError, run_command
-from engine.evaluate import evaluate, judge_scores
+from engine.evaluate.judge import evaluate, judge_scores
 from engine.experts import build_ensemble, open_pipeline, reward_device, reward_paths
-from engine.generate import Generation, generate
-from engine.learner import Learner
-from engine.monitor import RunLogger
-from engine.objective import group_advantages, token_weights
-from engine.options import parse_args, to_yaml
-from engine.pictures import save_grid
-from engine.plan import describe, require_memory
+from engine.generate.pictures import Generation, generate
+from engine.learner.learner import Learner
+from engine.learner.objective import group_advantages, token_weights
+from engine.memory import describe, require_memory
 from engine.policy import load_policy, save_policy
-from engine.report import write_report
-from engine.run_folder import open_run, stop_on_signal
-from engine.weights import folder_of, guidance_scale
-from engine.weights_save import require_replaceable
+from engine.prompts.conversation import Conversation
+from engine.prompts.data import PromptSampler, Row, load_prompts, load_template
+from engine.report.__main__ import write_report
+from engine.run.checkpoint import atomic_write_text, latest_checkpoint
+from engine.run.folder import open_run, stop_on_signal
+from engine.run.grids import save_grid
+from engine.run.monitor import RunLogger
+from engine.settings.device import open_device
+from engine.settings.errors import UserError, run_command
+from engine.settings.options import parse_args, to_yaml
+from engine.settings.train import TrainConfig
+from engine.weights.read import folder_of, guidance_scale
+from engine.weights.save import require_replaceable
 from rewards import RewardError, RewardPipeline, Scores
 
 

@@ -4,12 +4,7 @@ Importing this package pulls in torch only.
 """
 
 from kernels.cfg_sample import cfg_sample
-from kernels.decode_attention import (
-    decode_attention,
-    decode_attention_workspace,
-    prefix_tiles,
-    tile_rows,
-)
+from kernels.decode_attention import decode_attention, decode_attention_workspace
 from kernels.grpo_loss import LossOutput, linear_grpo_loss
 from kernels.head_sample import head_sample, head_workspace
 from kernels.kv_append import kv_append
@@ -17,6 +12,7 @@ from kernels.linear_logprobs import linear_logprobs
 from kernels.rms_norm import rms_norm
 from kernels.sample_step import error_place, sample_step, sample_workspace
 from kernels.swiglu import swiglu
+from kernels.tiling import prefix_tiles, tile_rows
 
 __all__ = [
     "LossOutput",

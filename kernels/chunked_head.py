@@ -16,12 +16,8 @@ import torch
 from torch import Tensor
 
 from kernels.logits_pass import logits_pass, pass_scratch
+from kernels.tiling import CHUNK_BYTES, VOCAB_TILE
 from kernels.token_loss import Rows, TokenLoss
-
-# Bytes of a chunk's logits. More make the GEMMs no faster; a trainable weight, whose gradient is
-# read and written once a chunk, is worth a chunk of a quarter of its size.
-CHUNK_BYTES = {"cpu": 32 << 20, "cuda": 64 << 20}
-VOCAB_TILE = 1024  # columns of one product on a CPU, whose BLAS is a tenth slower on wider ones
 
 
 class HeadInputs(NamedTuple):

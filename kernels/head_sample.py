@@ -7,7 +7,7 @@ from kernels.cfg_sample import check_sampling
 from kernels.dispatch import use_triton
 from kernels.philox import gumbel
 from kernels.reference import as_float, cfg_sample, guide, linear_logits
-from kernels.reference_sampling import finish_step, head_logits
+from kernels.reference.sampling import finish_step, head_logits
 from kernels.sample_step import check_finish
 
 

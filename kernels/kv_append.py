@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from kernels import reference_attention
 from kernels.dispatch import use_c, use_triton
+from kernels.reference import attention as reference_attention
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from kernels.cfg_sample import cfg_sample, check_logits, check_sampling, kept_logits
 from kernels.dispatch import use_c, use_triton
-from kernels.reference_sampling import finish_step
+from kernels.reference.sampling import finish_step
 
 
 def sample_step(

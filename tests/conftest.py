@@ -36,7 +36,7 @@ from transformers import (
     LlamaConfig,
 )
 
-from engine.policy import Policy
+from engine.model.policy import Policy
 from kernels.cpu.build import library
 
 VOCAB = 320  # room for the byte-level tokenizer of the save tests
@@ -119,7 +119,7 @@ def interpreter(monkeypatch) -> None:
 def decoder(request, monkeypatch) -> str:
     """CPU rollouts take the C ops, then eager PyTorch."""
     if request.param == "PyTorch":
-        monkeypatch.setattr("engine.rollout.has_c_ops", lambda policy: False)
+        monkeypatch.setattr("engine.rollout.sample.has_c_ops", lambda policy: False)
     elif library() is None:
         pytest.skip("the C ops cannot be compiled here")
     return request.param

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 from transformers import JanusConfig, JanusVisionConfig, JanusVQVAEConfig, LlamaConfig
 
-from bench.eager_loop import PUBLISHED_ROWS, EagerLoop
-from engine.policy import Policy
-from engine.rollout import IMAGE_STEP
-from engine.sampling import Sampling
-from engine.static_decode import StaticDecoder
+from bench.rollout.eager_loop import PUBLISHED_ROWS, EagerLoop
+from engine.model.policy import Policy
+from engine.rollout.decoder import StaticDecoder
+from engine.rollout.sample import IMAGE_STEP
+from engine.rollout.sampling import Sampling
 
 CFG_WEIGHT = 5.0
 

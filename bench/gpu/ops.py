@@ -10,9 +10,12 @@ from bench.gpu import sampling
 from bench.gpu.case import Call, Case, Step, Tensors, largest, measure
 from bench.gpu.models import SHAPES, Item
 from bench.gpu.timing import copy_rate
-from kernels import reference_attention, reference_layer, rms_norm, swiglu
-from kernels.decode_attention import decode_attention, prefix_tiles
+from kernels import rms_norm, swiglu
+from kernels.decode_attention import decode_attention
 from kernels.kv_append import kv_append
+from kernels.reference import attention as reference_attention
+from kernels.reference import layer as reference_layer
+from kernels.tiling import prefix_tiles
 
 
 def items(

@@ -4,7 +4,6 @@ from typing import Any
 
 import torch
 
-from bench import rollout
 from bench.gpu.models import (
     PARITY,
     Item,
@@ -15,6 +14,7 @@ from bench.gpu.models import (
     prompts_of,
     random_policy,
 )
+from bench.rollout import suite as rollout
 
 
 def items(

@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
-from bench import reward_models
 from bench.gpu.models import Item
 from bench.gpu.timing import wall_seconds
-from bench.rewards import EXPERTS, Batch, make_batch, one_at_a_time
+from bench.rewards import models as reward_models
+from bench.rewards.suite import EXPERTS, Batch, make_batch, one_at_a_time
 from rewards import Ensemble, RewardPipeline, Scores
 
 # A detector's score is a step function of near-ties: one in ten may fall on the other side.

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.eager_loop import EagerLoop
 from bench.gpu.models import (
     CFG_WEIGHT,
     Item,
@@ -28,7 +27,8 @@ from bench.gpu.models import (
     weight_bytes,
 )
 from bench.gpu.timing import copy_rate, event_seconds, wall_seconds
-from engine.policy import Policy
+from bench.rollout.eager_loop import EagerLoop
+from engine.model.policy import Policy
 from engine.rollout import sample_images
 
 GROUP = 8  # images that share a prompt in the row with shared prefixes

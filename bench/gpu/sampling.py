@@ -14,7 +14,7 @@ from bench.gpu.models import CFG_WEIGHT
 from kernels import cfg_sample, reference
 from kernels.head_sample import head_sample, head_workspace
 from kernels.philox import gumbel
-from kernels.reference_sampling import head_logits
+from kernels.reference.sampling import head_logits
 from kernels.sample_step import sample_step, sample_workspace
 
 TIE = 1e-3

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engine.errors import UserError
+from engine.settings.errors import UserError
 from engine.tiny.scene_reader import MAX_OBJECTS, Reading, SceneReader
 from engine.tiny.world import COLORS, IMAGE_SIZE, SHAPES, SIZES, TEXTURES
 from rewards import HPS, RewardExpert

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from engine.errors import UserError
+from engine.settings.errors import UserError
 from engine.tiny.world import BACKGROUND, COLORS, SHAPES, SIZES, TEXTURES, Obj, render
 
 CONTRAST = 62.0  # RGB distance from the background that counts as painted

@@ -21,15 +21,16 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, JanusConfig, JanusVisionConfig, LlamaConfig
 from transformers.models.janus.modeling_janus import JanusVQVAE
 
-from engine.checkpoint import atomic_write_text
-from engine.data import load_template
-from engine.errors import run_command
-from engine.options import check_fields, option, parse_args
-from engine.policy import Policy, load_policy
+from engine.model.policy import Policy
+from engine.policy import load_policy
+from engine.prompts.data import load_template
+from engine.run.checkpoint import atomic_write_text
+from engine.settings.errors import run_command
+from engine.settings.options import check_fields, option, parse_args
 from engine.tiny import supervised, vq
 from engine.tiny.prompts import corpus, make_splits, write_rows
 from engine.tiny.tokenizer import train_tokenizer
-from engine.weights import write_policy
+from engine.weights.read import write_policy
 
 STAGES = ("data", "tokenizer", "vq", "examples", "clean", "noisy", "clip")
 Stage = Literal["data", "tokenizer", "vq", "examples", "clean", "noisy", "clip"]

@@ -16,9 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from engine.conversation import Conversation
-from engine.data import PromptTemplate
-from engine.policy import Policy
+from engine.model.policy import Policy
+from engine.prompts.conversation import Conversation
+from engine.prompts.data import PromptTemplate
 from engine.tiny.prompts import TASK_TYPES, draw
 from engine.tiny.vq import encode
 from engine.tiny.world import Scene, corrupt, plan_text, render

@@ -3,7 +3,7 @@
    exp, log and erfc are written without branches, so that loops over them become vector code
    whatever the C library offers. Their polynomials are our own fits (Chebyshev nodes, Lawson's
    weights); with correctly rounded coefficients the fits are off by 4e-9, 8e-10 and 9e-9, so that
-   what remains is fp32's rounding: tests/test_cpu_ops.py holds them to it. */
+   what remains is fp32's rounding: tests/kernels/cpu/test_ops.py holds them to it. */
 
 #pragma once
 

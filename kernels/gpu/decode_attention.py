@@ -18,8 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.decode_attention import block_queries, split_tokens, tile_rows
 from kernels.gpu.launch import BYTES, DecodeShape, Launch
+from kernels.tiling import block_queries, split_tokens, tile_rows
 
 MERGE_SPLITS = 8  # partials that a program of the merge holds at a time
 

@@ -21,9 +21,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.chunked_head import CHUNK_BYTES
 from kernels.gpu.launch import BYTES, DecodeShape, Launch
 from kernels.gpu.token_loss import token_loss
+from kernels.tiling import CHUNK_BYTES
 from kernels.token_loss import Rows, TokenLoss
 
 THREADS_MOST = 512  # with 128 registers each: a multiprocessor's

@@ -1,0 +1,1 @@
+"""The experts, and what the side stream hides."""

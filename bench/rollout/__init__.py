@@ -1,0 +1,1 @@
+"""Rollouts against loops as published."""

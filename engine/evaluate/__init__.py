@@ -1,0 +1,1 @@
+"""Judge and experts on prompts: python -m engine.evaluate."""

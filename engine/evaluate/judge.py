@@ -1,0 +1,117 @@
+"""Score a policy on prompts: by the tiny world's judge, or by the reward experts.
+
+The judge reads the picture by itself and shares nothing with the rewards, so that a policy that
+learnt to please the experts rather than the prompt is found out. The command,
+python -m engine.evaluate, is in engine/evaluate/__main__.py.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from engine.generate.pictures import generate
+from engine.model.policy import Policy
+from engine.prompts.conversation import Conversation
+from engine.prompts.data import Row
+from engine.run.grids import save_picture
+from engine.tiny.judge import judge
+from engine.tiny.world import IMAGE_SIZE
+from rewards import Ensemble, RewardPipeline
+
+EVAL_SEED = 0x5EED  # the same noise before and after training: differences are paired
+BATCH = 128
+PICTURES_PER_TASK = 6  # how many pictures of each task type are kept for the report
+
+
+def judge_scores(pixels: torch.Tensor, rows: list[Row]) -> np.ndarray | None:
+    """The tiny world's judge on (B, 3, H, W) in [0, 1]; None for pictures of another world."""
+    if pixels.shape[-1] != IMAGE_SIZE:
+        return None
+    return judge(pixels.float().cpu(), rows)
+
+
+@torch.no_grad()
+def evaluate(
+    policy: Policy,
+    conversation: Conversation,
+    rows: list[Row],
+    *,
+    generations: int,
+    max_completion_length: int,
+    cfg_weight: float,
+    temperature: float,
+    ensemble: Ensemble | RewardPipeline,
+    seed: int = EVAL_SEED,
+    with_plan: bool = True,
+    pictures: Path | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Generate and score `generations` pictures of every row.
+
+    Args:
+        with_plan: see engine.generate.generate.
+        pictures: folder that gets the first pictures of each task type as PNG; None: none.
+        progress: called with (pictures done, pictures in all) after each batch; may raise.
+    Returns: summary {"mean", "by_task": {task: {"mean", "n"}}, "rewards": {expert: mean},
+        "reward", "scored_by"}, and one record a picture. `mean` is the judge's score averaged
+        over task types; for pictures that are not the tiny world's, the ensemble's reward.
+    """
+    every = [row for row in rows for _ in range(generations)]
+    records: list[dict[str, Any]] = []
+    experts: dict[str, list[float]] = {}
+    kept: dict[str, int] = {}
+    for start in range(0, len(every), BATCH):
+        part = every[start : start + BATCH]
+        made = generate(
+            policy,
+            conversation,
+            [row["prompt"] for row in part],
+            sample_ids=torch.arange(start, start + len(part), device=policy.device),
+            seed=seed,
+            max_completion_length=max_completion_length,
+            cfg_weight=cfg_weight,
+            temperature=temperature,
+            with_plan=with_plan,
+        )
+        pixels = made.pixels.float()
+        rewards = ensemble.score([row["prompt"] for row in part], pixels, part)
+        for name, values in rewards.by_expert.items():
+            experts.setdefault(name, []).extend(values.tolist())
+        judged = judge_scores(pixels, part)
+        scores = rewards.total.tolist() if judged is None else judged.tolist()
+        for i, row in enumerate(part):
+            task = row.get("task_type", "prompt")
+            record = {
+                "prompt": row["prompt"],
+                "task_type": task,
+                "plan": made.plans[i],
+                "score": scores[i],
+                "reward": float(rewards.total[i]),
+                "rewards": {name: float(v[i]) for name, v in rewards.by_expert.items()},
+                "scored_by": "experts" if judged is None else "judge",
+            }
+            number = kept.get(task, 0)
+            if pictures is not None and number < PICTURES_PER_TASK * generations:
+                kept[task] = number + 1
+                if (start + i) % generations == 0:
+                    name = f"{start + i:05d}.png"
+                    save_picture(pictures / name, pixels[i])
+                    record["image"] = f"{pictures.name}/{name}"
+            records.append(record)
+        progress(len(records), len(every))
+    tasks = list(dict.fromkeys(r["task_type"] for r in records))
+    by_task = {}
+    for task in tasks:
+        values = [r["score"] for r in records if r["task_type"] == task]
+        by_task[task] = {"mean": sum(values) / len(values), "n": len(values)}
+    summary = {
+        "scored_by": "experts" if judged is None else "judge",
+        "mean": sum(task["mean"] for task in by_task.values()) / len(by_task),
+        "by_task": by_task,
+        "reward": sum(r["reward"] for r in records) / len(records),
+        "rewards": {name: sum(v) / len(v) for name, v in experts.items()},
+    }
+    return summary, records

@@ -1,0 +1,1 @@
+"""Prompts to plans to pictures: python -m engine.generate."""

@@ -1,0 +1,128 @@
+"""Prompts to plans to pictures: the rollout of both chains of thought.
+
+The command, python -m engine.generate, is in engine/generate/__main__.py.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from engine.model.policy import Policy
+from engine.prompts.conversation import Conversation
+from engine.rollout import ImageRollout, TextRollout, sample_images, sample_text
+
+SHORT_PLAN = 40  # tokens; the tiny world's plans are shorter
+LONG_PLAN = 512  # T2I-R1's own inference stops a plan there
+LONG_CONTEXT = 1024
+
+
+@dataclass(slots=True)
+class Generation:
+    """B pictures with the plans they were drawn from.
+
+    Attributes:
+        stage1, stage2: B prompts of the text and the image level; stage1 is empty without plans.
+        text: completions, one a sample; samples of one plan repeat it; (B, 0) without plans.
+        plans: B texts.
+        image: image tokens.
+        pixels: (B, 3, H, W) in [0, 1].
+    """
+
+    stage1: list[Tensor]
+    text: TextRollout
+    plans: list[str]
+    stage2: list[Tensor]
+    image: ImageRollout
+    pixels: Tensor
+
+
+def generate(
+    policy: Policy,
+    conversation: Conversation,
+    prompts: Sequence[str],
+    *,
+    sample_ids: Tensor,
+    seed: int,
+    max_completion_length: int,
+    cfg_weight: float,
+    temperature: float,
+    images_per_plan: int = 1,
+    with_plan: bool = True,
+) -> Generation:
+    """Sample plan and picture for each prompt.
+
+    Args:
+        prompts: B texts; the images_per_plan samples that share a plan are adjacent.
+        sample_ids: (B,) int64, the identity of each sample's noise.
+        with_plan: False: straight from the bare prompt to the picture, as Janus itself does.
+    """
+    stage1: list[Tensor] = []
+    plans = [""] * len(prompts)
+    if with_plan:
+        stage1, text, plans = _plans(
+            policy,
+            conversation,
+            prompts,
+            every=images_per_plan,
+            sample_ids=sample_ids,
+            seed=seed,
+            max_new_tokens=max_completion_length,
+            temperature=temperature,
+        )
+    else:
+        none = torch.empty((len(prompts), 0), device=policy.device)
+        text = TextRollout(none.long(), none.bool(), none)
+    stage2 = [
+        conversation.stage2(prompt, plan if with_plan else None)
+        for prompt, plan in zip(prompts, plans, strict=True)
+    ]
+    image = sample_images(
+        policy,
+        stage2,
+        cfg_weight=cfg_weight,
+        temperature=temperature,
+        seed=seed,
+        sample_ids=sample_ids,
+    )
+    pixels = policy.decode_images(image.ids)
+    return Generation(stage1, text, plans, stage2, image, pixels)
+
+
+def _plans(
+    policy: Policy,
+    conversation: Conversation,
+    prompts: Sequence[str],
+    *,
+    every: int,
+    sample_ids: Tensor,
+    seed: int,
+    max_new_tokens: int,
+    temperature: float,
+) -> tuple[list[Tensor], TextRollout, list[str]]:
+    """Stage 1 for every `every`-th prompt, repeated for the samples that share its plan."""
+    stage1 = [conversation.stage1(p) for p in prompts[::every]]
+    text = sample_text(
+        policy,
+        stage1,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        seed=seed,
+        sample_ids=sample_ids[::every],
+    )
+    plans = conversation.plans(text.ids, text.mask)
+    if every > 1:
+        stage1 = [ids for ids in stage1 for _ in range(every)]
+        plans = [plan for plan in plans for _ in range(every)]
+        text = TextRollout(
+            *(getattr(text, f).repeat_interleave(every, 0) for f in ("ids", "mask", "logprobs"))
+        )
+    return stage1, text, plans
+
+
+def longest_plan(policy: Policy, given: int | None) -> int:
+    """Plan tokens to allow: as given, else T2I-R1's 512, or 40 in a context below 1024."""
+    if given is not None:
+        return given
+    return LONG_PLAN if policy.context_length >= LONG_CONTEXT else SHORT_PLAN

@@ -1,0 +1,1 @@
+"""What learns: objective, optimizer, and their state."""

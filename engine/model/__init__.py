@@ -1,0 +1,1 @@
+"""The modules of a policy, and how token sequences go through them."""

@@ -1,0 +1,242 @@
+"""The policy: a Llama-style decoder with Janus' text and image heads.
+
+One set of modules serves the training forward and decoding. Parameter names are those of
+transformers' `JanusForConditionalGeneration`, so a checkpoint maps one to one. Sequences are
+never padded on the left and no pad is ever attended: a batch of different lengths is either
+right-padded, which a causal model cannot see, or packed (engine/model/token_tree.py).
+"""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import JanusConfig, PreTrainedTokenizerBase
+from transformers.models.janus.modeling_janus import JanusVQVAE
+
+from engine.model.image_modules import Aligner, ImageHead, picture_side
+from engine.model.layers import LanguageModel
+from engine.model.rope import rope_tables
+from engine.model.token_tree import TokenTree, worthwhile_tree
+from kernels import linear_logprobs
+
+if TYPE_CHECKING:
+    from engine.model.source import Checkpoint
+
+
+DECODED_PIXELS = 16 * 384**2  # at a time
+
+
+class _Model(nn.Module):
+    """Groups the modules under transformers' name `model`."""
+
+    def __init__(self, config: JanusConfig) -> None:
+        super().__init__()
+        self.language_model = LanguageModel(config)
+        self.generation_embeddings = nn.Embedding(
+            config.vq_config.num_embeddings, config.vq_config.embed_dim
+        )
+        self.generation_aligner = Aligner(config)
+        self.generation_head = ImageHead(config)
+        self.vqmodel = JanusVQVAE(config.vq_config)
+
+
+class Policy(nn.Module):
+    """A Janus policy with its tokenizer.
+
+    Attributes:
+        config: transformers' JanusConfig.
+        tokenizer: the checkpoint's tokenizer; None only for models built from a bare config.
+        bos, eos, pad, image_start: special token ids.
+        source: the checkpoint it was loaded from, if any.
+    """
+
+    def __init__(
+        self, config: JanusConfig, tokenizer: PreTrainedTokenizerBase | None = None
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.tokenizer = tokenizer
+        self.source: Checkpoint | None = None
+        text = config.text_config
+        self.model = _Model(config)
+        self.lm_head = nn.Linear(text.hidden_size, text.vocab_size, bias=False)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.model.language_model.embed_tokens.weight
+        if tokenizer is not None:
+            self.bos, self.eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+            self.pad = tokenizer.pad_token_id
+            self.image_start = tokenizer.convert_tokens_to_ids("<begin_of_image>")
+        else:
+            self.bos, self.eos, self.pad, self.image_start = 0, 1, 2, 3
+        self._image_table: Tensor | None = None
+        self.register_load_state_dict_post_hook(Policy._forget_image_table)
+
+    def _forget_image_table(self, _keys: object = None) -> None:
+        self._image_table = None
+
+    @property
+    def device(self) -> torch.device:
+        return self.lm_head.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.lm_head.weight.dtype
+
+    @property
+    def image_tokens(self) -> int:
+        """Image tokens of one picture."""
+        return self.config.vq_config.num_patches**2
+
+    @property
+    def context_length(self) -> int:
+        return self.config.text_config.max_position_embeddings
+
+    def _apply(self, fn, recurse=True):  # noqa: ANN001, ANN202 - torch's signature
+        self._image_table = None
+        return super()._apply(fn, recurse)
+
+    def freeze_generation(self) -> None:
+        """Leave only the language model trainable, as T2I-R1 does."""
+        for name, parameter in self.named_parameters():
+            parameter.requires_grad_(name.startswith(("model.language_model.", "lm_head.")))
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """Trainable parameters by name, tied ones once."""
+        return {n: p for n, p in self.named_parameters() if p.requires_grad}
+
+    # Embeddings
+
+    def image_table(self) -> Tensor:
+        """aligner(codebook): (V_image, D), a constant table once `gen_*` is frozen."""
+        frozen = not self.model.generation_embeddings.weight.requires_grad
+        if frozen and self._image_table is not None:
+            return self._image_table
+        table = self.model.generation_aligner(self.model.generation_embeddings.weight)
+        if frozen:
+            self._image_table = table
+        return table
+
+    def embed_text(self, ids: Tensor) -> Tensor:
+        """(...,) int64 -> (..., D)."""
+        return self.model.language_model.embed_tokens(ids)
+
+    def embed_image(self, ids: Tensor) -> Tensor:
+        """(...,) int64 image tokens -> (..., D)."""
+        return F.embedding(ids, self.image_table())
+
+    # Forward
+
+    def hidden(self, embeds: Tensor, tree: TokenTree | None = None) -> Tensor:
+        """Trunk forward.
+
+        Args:
+            embeds: (B, T, D), positions from 0; with a tree (1, N, D), its tokens.
+        Returns: final-norm hidden states of embeds' shape.
+        """
+        trunk = self.model.language_model
+        length = embeds.shape[1] if tree is None else tree.width
+        cos, sin = rope_tables(self.config, length, embeds.device)
+        if tree is not None:
+            cos, sin = cos[tree.positions], sin[tree.positions]
+        x = embeds
+        for layer in trunk.layers:
+            x, _, _ = layer(x, cos, sin, tree)
+        return trunk.norm(x)
+
+    def completion_hidden(
+        self,
+        prompts: Sequence[Tensor],
+        completions: Tensor,
+        *,
+        image: bool,
+        lengths: Tensor | None = None,
+        share: bool = True,
+    ) -> Tensor:
+        """Hidden states that predict each completion token.
+
+        Args:
+            prompts: B tensors (L_i,) int64 text ids.
+            completions: (B, T) int64; image tokens if `image`, else text ids. Positions past a
+                row's own end may hold anything: a causal model does not see them earlier.
+            lengths: (B,) int64 in 0 .. T, completion tokens of each row; None: T.
+            share: compute once what several rows begin with, and no padding, where that pays;
+                the same values and gradients but for rounding.
+        Returns: (B, T, D); zeros past a row's length.
+        """
+        tree = worthwhile_tree(prompts, completions, lengths, image=image) if share else None
+        if tree is None:
+            hidden = self._padded_hidden(prompts, completions, image=image)
+        else:
+            embeds = self.embed_text(tree.text_ids)
+            if image:
+                embeds = torch.cat((embeds, self.embed_image(tree.image_ids)))
+            hidden = tree.predict(self.hidden(embeds[None], tree)[0])
+        if lengths is None:
+            return hidden
+        beyond = torch.arange(completions.shape[1], device=self.device) >= lengths[:, None]
+        return hidden.masked_fill(beyond[..., None], 0)
+
+    def _padded_hidden(
+        self, prompts: Sequence[Tensor], completions: Tensor, *, image: bool
+    ) -> Tensor:
+        """`completion_hidden` of each row for itself, right-padded to the longest."""
+        lengths = torch.tensor([len(p) for p in prompts], device=self.device)
+        batch, steps = completions.shape
+        # The last completion token predicts nothing that is scored, so it is not fed.
+        total = int(lengths.max()) + steps - 1
+        prompt_ids = nn.utils.rnn.pad_sequence(list(prompts), batch_first=True)
+        embeds = F.pad(self.embed_text(prompt_ids), (0, 0, 0, total - prompt_ids.shape[1]))
+        embed = self.embed_image if image else self.embed_text
+        offsets = lengths[:, None] + torch.arange(steps - 1, device=self.device)
+        rows = torch.arange(batch, device=self.device)[:, None]
+        embeds = embeds.index_put((rows, offsets), embed(completions[:, :-1]))
+        predict = lengths[:, None] - 1 + torch.arange(steps, device=self.device)
+        return self.hidden(embeds)[rows, predict]
+
+    def unconditional(self, prompt: Tensor) -> Tensor:
+        """[BOS, pad, ..., pad, image-start] of the prompt's length (design section 4)."""
+        ids = torch.full_like(prompt, self.pad)
+        ids[0], ids[-1] = self.bos, self.image_start
+        return ids
+
+    # Scoring
+
+    def text_logprobs(self, prompt_ids: Tensor, completion_ids: Tensor) -> Tensor:
+        """Log-probs of a text completion. (L,), (T,) int64 -> (T,) fp32 nats; differentiable."""
+        hidden = self.completion_hidden([prompt_ids], completion_ids[None], image=False)[0]
+        return linear_logprobs(hidden, self.lm_head.weight, completion_ids)
+
+    def image_logprobs(
+        self, prompt_ids: Tensor, image_ids: Tensor, cfg_weight: float | None = None
+    ) -> Tensor:
+        """Log-probs of image tokens under the conditional or the guided distribution.
+
+        Args:
+            prompt_ids: (L,) int64, ending with image-start.
+            image_ids: (N,) int64.
+            cfg_weight: None for the conditional distribution, a number for the guided one.
+        Returns: (N,) fp32 nats; differentiable.
+        """
+        prompts, targets = [prompt_ids], image_ids[None]
+        if cfg_weight is not None:
+            prompts, targets = [prompt_ids, self.unconditional(prompt_ids)], targets.repeat(2, 1)
+        head = self.model.generation_head
+        features = head.features(self.completion_hidden(prompts, targets, image=True))
+        mixed = features[0]
+        if cfg_weight is not None:
+            # The head's last layer is linear and the weights sum to one: mix before it.
+            mixed = torch.lerp(features[1].float(), features[0].float(), cfg_weight)
+        weight, bias = head.vision_head.weight, head.vision_head.bias
+        return linear_logprobs(mixed.to(weight.dtype), weight, image_ids, bias=bias)
+
+    @torch.no_grad()
+    def decode_images(self, image_ids: Tensor) -> Tensor:
+        """Image tokens to pixels. (B, N) int64 -> (B, 3, H, W) in [0, 1], the policy's dtype.
+
+        A few pictures at a time: one of 384 x 384 needs about 0.35 GB in fp32 meanwhile.
+        """
+        parts = image_ids.split(max(1, DECODED_PIXELS // picture_side(self.config) ** 2))
+        pixels = [self.model.vqmodel.decode(part) for part in parts]
+        return torch.cat(pixels).clamp_(-1, 1).add_(1).div_(2)

@@ -1,0 +1,1 @@
+"""Prompt files, and prompts as token ids."""

@@ -1,0 +1,1 @@
+"""A run's folder: files that survive a kill, metrics, pictures, progress."""

@@ -1,0 +1,1 @@
+"""Options, errors, device, and the flags of training and of the rewards."""

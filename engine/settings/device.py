@@ -1,0 +1,32 @@
+"""The flags that name a device."""
+
+import re
+
+import torch
+
+from engine.settings.errors import UserError
+
+HELP = "auto, cpu, cuda or cuda:N; auto: a GPU where there is one"
+_NAMES = re.compile(r"cpu|cuda(:\d+)?")
+
+
+def check_device(flag: str, name: str, *, auto: bool = True) -> None:
+    """Raise UserError naming the flag unless `name` is cpu, cuda, cuda:N or, where taken, auto."""
+    if not _NAMES.fullmatch(name) and not (auto and name == "auto"):
+        wanted = "auto, cpu, cuda or cuda:N" if auto else "cpu, cuda or cuda:N"
+        raise UserError(f"{flag} must be {wanted}, got {name!r}")
+
+
+def device_kind(name: str) -> str:
+    """What a checked name stands for on this machine: "cpu", "cuda" or "cuda:N"."""
+    if name != "auto":
+        return name
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def open_device(flag: str, name: str) -> torch.device:
+    """The device of a checked name. Raises: UserError naming the flag if the machine lacks it."""
+    device = torch.device(device_kind(name))
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"--{flag} {name}: this machine has {torch.cuda.device_count()} GPUs")
+    return device

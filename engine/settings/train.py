@@ -1,0 +1,113 @@
+"""The settings of a training run. Flag names are those of T2I-R1 and TRL."""
+
+# ruff: noqa: RUF009  `option` makes a dataclasses.field, which ruff cannot know
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from engine.settings.device import HELP, check_device
+from engine.settings.errors import UserError
+from engine.settings.options import check_fields, option
+from engine.settings.rewards import RewardConfig
+
+# Settings whose default depends on the model: the embedded one's, T2I-R1's.
+BY_MODEL = {"max_steps": (80, 1600), "beta": (0.1, 0.01), "learning_rate": (4e-4, 1e-6)}
+
+
+@dataclass(kw_only=True, slots=True)
+class TrainConfig(RewardConfig):
+    """Settings of `python -m engine.train`. Raises: UserError naming key, wanted and got."""
+
+    # fmt: off
+    model: str = option("tiny", "a Janus-Pro checkpoint folder, a hub id, or tiny", group="run", aliases=["model_name_or_path"])
+    dataset_name: str = option("tiny", "training prompts: a .json, .jsonl or .txt file, or tiny")
+    output_dir: str = option("runs", "folder that holds the run folders")
+    run_name: str = option("", "name of the run folder; empty: <model>-<seed>")
+    seed: int = option(0, "seed of prompt order and sampling", at_least=0, below=2**32)
+    resume: bool = option(False, "continue the run folder from its last checkpoint")
+    on_reward_error: Literal["raise", "skip"] = option("raise", "when an expert fails: stop, or drop it for the batch")
+    plan: bool = option(False, "print the model's weights and the memory it takes, and stop")
+    max_steps: int | None = option(None, "training steps; none: 80 for tiny, else T2I-R1's 1600", group="batch", at_least=1)
+    prompts_per_step: int = option(8, "prompts in a step", at_least=1)
+    num_generations: int = option(8, "plans (semantic CoTs) sampled for a prompt", at_least=1)
+    images_per_plan: int = option(1, "images sampled for a plan", at_least=1, aliases=["new_generations_image"])
+    num_iterations: int = option(1, "updates made with one rollout", at_least=1)
+    micro_batch_size: int = option(0, "images in one forward and backward; 0: all at once", at_least=0)
+    max_prompt_length: int = option(512, "longest prompt in tokens", group="rollout", at_least=1)
+    max_completion_length: int = option(40, "longest plan in tokens", at_least=1)
+    temperature: float = option(1.0, "sampling temperature of plans and images", above=0)
+    cfg_weight: float | None = option(None, "guidance weight; 1: no guidance; none: the checkpoint's own", at_least=0)
+    reasoning_prompt_path: str | None = option(None, "file with the instruction to plan; {} is the prompt")
+    train_levels: list[Literal["semantic", "token"]] = option(("semantic", "token"), "chains of thought that get a gradient", group="objective")
+    logprob_policy: Literal["conditional", "guided", "guided_detached"] = option("conditional", "image log-prob that is trained")
+    loss_type: Literal["token", "sequence", "dr_grpo"] = option("token", "mean over tokens, per sequence, or Dr. GRPO's constant")
+    ratio_level: Literal["token", "sequence"] = option("token", "importance ratio of a token, or of a sequence (GSPO)")
+    beta: float | None = option(None, "weight of the KL term; none: 0.1 for tiny, else T2I-R1's 0.01", at_least=0)
+    clip_low: float = option(0.2, "ratios are clipped below 1 - clip_low", at_least=0, at_most=1, aliases=["epsilon"])
+    clip_high: float = option(0.2, "ratios are clipped above 1 + clip_high", at_least=0, aliases=["epsilon_high"])
+    dual_clip: float | None = option(None, "bound c > 1 of the surrogate where the advantage is negative; none: off", above=1)
+    truncated_is: float = option(0.0, "cap of the truncated importance weights; 0: off", at_least=0)
+    old_logprobs: Literal["rollout", "recompute"] = option("rollout", "where old log-probs come from")
+    share_prompts: bool = option(True, "what sequences begin with in common is computed once, gradient included")
+    learning_rate: float | None = option(None, "peak learning rate of AdamW; none: 4e-4 for tiny, else T2I-R1's 1e-6", group="optimizer", at_least=0)
+    lr_scheduler_type: Literal["constant", "linear", "cosine"] = option("linear", "learning rate after the warmup")
+    warmup_steps: int = option(0, "steps of linear warmup", at_least=0)
+    weight_decay: float = option(0.0, "AdamW's weight decay", at_least=0)
+    adam_beta1: float = option(0.9, "AdamW's beta1", at_least=0, below=1)
+    adam_beta2: float = option(0.95, "AdamW's beta2", at_least=0, below=1)
+    max_grad_norm: float = option(1.0, "gradients are clipped to this norm", above=0)
+    dtype: Literal["float32", "bfloat16", "float16"] = option("float32", "type of the weights", group="machine", aliases=["torch_dtype"])
+    device: str = option("auto", HELP)
+    threads: int = option(0, "CPU threads; 0: torch's choice", at_least=0)
+    logging_steps: int = option(1, "steps between metrics", group="output", at_least=1)
+    sample_steps: int = option(16, "steps between sample grids", at_least=1)
+    save_steps: int = option(16, "steps between checkpoints", at_least=1)
+    save_total_limit: int = option(2, "checkpoints kept", at_least=1)
+    eval_dataset_name: str | None = option(None, "evaluation prompts; none: tiny:heldout for tiny, else the training prompts")
+    eval_prompts: int = option(0, "prompts evaluated before and after; 0: all", at_least=0)
+    eval_generations: int = option(2, "images for an evaluation prompt; 0: no evaluation", at_least=0)
+    # fmt: on
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        for name, (tiny, published) in BY_MODEL.items():
+            if getattr(self, name) is None:
+                setattr(self, name, tiny if self.model == "tiny" else published)
+        if self.group_size < 2:
+            raise UserError(
+                "num_generations * images_per_plan must be >= 2 (a group needs something to "
+                f"compare), got {self.num_generations} * {self.images_per_plan}"
+            )
+        self.check_rewards()
+        levels = self.train_levels
+        if not levels or len(set(levels)) < len(levels):
+            raise UserError(f"train_levels must name at least one, each once, got {levels}")
+        if self.warmup_steps > self.max_steps:
+            raise UserError(f"warmup_steps must be <= max_steps, got {self.warmup_steps}")
+        check_device("device", self.device)
+        if self.run_name in (".", "..") or re.search(r"[/\\\0]", self.run_name):
+            raise UserError(f"run_name must be a plain folder name, got {self.run_name!r}")
+
+    @property
+    def group_size(self) -> int:
+        """Images that share a prompt and are compared with each other."""
+        return self.num_generations * self.images_per_plan
+
+    @property
+    def images_per_step(self) -> int:
+        return self.prompts_per_step * self.group_size
+
+    @property
+    def run_dir(self) -> Path:
+        """The run folder; unnamed runs are called after model and seed."""
+        model = os.path.basename(os.path.abspath(self.model))
+        return Path(self.output_dir) / (self.run_name or f"{model}-{self.seed}")
+
+    @property
+    def eval_dataset(self) -> str:
+        """Evaluation prompts: as asked, or the held-out split where there is one."""
+        own = "tiny:heldout" if self.dataset_name == "tiny" else self.dataset_name
+        return self.eval_dataset_name or own

@@ -1,0 +1,1 @@
+"""Checkpoint folders of both layouts, read and written."""

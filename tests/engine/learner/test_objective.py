@@ -1,0 +1,319 @@
+"""Advantages, token weights and the two-level loss against plain numpy and fp64."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from engine.learner.objective import (
+    Experience,
+    group_advantages,
+    policy_loss,
+    reference_policy,
+    score,
+    token_weights,
+)
+from engine.model.policy import Policy
+from engine.rollout import sample_images, sample_text
+from engine.settings.train import TrainConfig
+
+CFG = 3.0
+BOTH = ["semantic", "token"]
+
+
+def make_config(**overrides) -> TrainConfig:
+    return TrainConfig(**({"cfg_weight": CFG, "max_completion_length": 6, "beta": 0.0} | overrides))
+
+
+@pytest.fixture
+def experience(new_policy, make_prompts):
+    """Four samples of the untouched policy, of different lengths, one ended early."""
+    policy = new_policy()
+    stage1, stage2 = make_prompts(6, 9, 6, 11), make_prompts(8, 5, 8, 12, seed=1)
+    free = sample_text(policy, stage1, max_new_tokens=6, seed=1)
+    policy.eos = int(free.ids[1, 2])
+    text = sample_text(policy, stage1, max_new_tokens=6, seed=1)
+    assert not text.mask.all()
+    images = sample_images(policy, stage2, cfg_weight=CFG, seed=1)
+    return Experience(
+        stage1=stage1,
+        stage2=stage2,
+        text_ids=text.ids,
+        text_mask=text.mask,
+        image_ids=images.ids,
+        text_rollout=text.logprobs,
+        image_rollout=images.logprobs,
+        text_old=text.logprobs,
+        image_old=images.logprobs,
+        text_ref=None,
+        image_ref=None,
+        advantages=torch.tensor([1.2, -0.7, 0.4, -1.5]),
+    )
+
+
+def shifted(experience: Experience) -> Experience:
+    """The experience as of an older policy, so that the clip works, with a reference."""
+    torch.manual_seed(11)
+    moved = copy.copy(experience)
+    for level in ("text", "image"):
+        old = getattr(experience, f"{level}_old")
+        setattr(moved, f"{level}_old", old + torch.randn_like(old) * 0.3)
+        setattr(moved, f"{level}_ref", old + torch.randn_like(old) * 0.5)
+    return moved
+
+
+# Advantages and weights
+
+
+def test_group_advantages_equal_numpy():
+    rewards = np.random.default_rng(0).normal(size=24).astype(np.float32)
+    expected = [(r - g.mean()) / (g.std(ddof=1) + 1e-4) for g in rewards.reshape(4, 6) for r in g]
+    got = group_advantages(torch.from_numpy(rewards), 6)
+    np.testing.assert_allclose(got.numpy(), expected, rtol=1e-4, atol=1e-5)
+    assert got.dtype == torch.float32
+
+
+def test_equal_rewards_have_no_advantage():
+    rewards = torch.tensor([0.5] * 4 + [1.0, 0.0, 1.0, 0.0])
+    advantages = group_advantages(rewards, 4)
+    assert (advantages[:4] == 0).all() and (advantages[4:].abs() > 0.8).all()
+
+
+@pytest.mark.parametrize("levels", [BOTH, ["semantic"], ["token"]])
+@pytest.mark.parametrize("loss_type", ["token", "sequence", "dr_grpo"])
+def test_token_weights(loss_type, levels):
+    mask = torch.arange(6) < torch.tensor([[6], [2], [3]])  # 11 of at most 3 * 6 text tokens
+    text, image = token_weights(mask, 10, make_config(loss_type=loss_type, train_levels=levels))
+    assert text.shape == (3, 6) and image.shape == (3, 10)
+    has_text, has_image = "semantic" in levels, "token" in levels
+    assert torch.equal(text > 0, mask & has_text) and torch.equal(
+        image > 0, torch.full((3, 10), has_image)
+    )
+    lengths = torch.tensor([6.0, 2.0, 3.0]) * has_text + 10 * has_image
+    per_sample = text.sum(1) + image.sum(1)
+    expected = {
+        "token": lengths / lengths.sum(),
+        "sequence": torch.full((3,), 1 / 3),
+        "dr_grpo": lengths / (3 * (6 * has_text + 10 * has_image)),
+    }[loss_type]
+    torch.testing.assert_close(per_sample, expected)
+    for sample in range(3):  # equal within a sample, across both levels
+        values = torch.cat((text[sample], image[sample])).unique()
+        assert len(values[values > 0]) == 1
+
+
+# The loss against plain fp64
+
+
+def plain_image_logprobs(
+    policy: Policy, prompt: Tensor, ids: Tensor, config: TrainConfig
+) -> Tensor:
+    """Guidance on logits, where the engine mixes features."""
+    head = policy.model.generation_head
+    cond = head(policy.completion_hidden([prompt], ids[None], image=True)[0])
+    if config.logprob_policy != "conditional":
+        blank = policy.unconditional(prompt)
+        uncond = head(policy.completion_hidden([blank], ids[None], image=True)[0])
+        if config.logprob_policy == "guided_detached":
+            uncond = uncond.detach()
+        cond = uncond + config.cfg_weight * (cond - uncond)
+    return cond.log_softmax(-1).gather(1, ids[:, None])[:, 0]
+
+
+def plain_loss(policy: Policy, e: Experience, config: TrainConfig) -> Tensor:
+    """One sample and one token at a time; a sequence ratio is one a chain of thought."""
+    losses: list[list[Tensor]] = []
+    for b, advantage in enumerate(e.advantages.double()):
+        levels = []
+        if "semantic" in config.train_levels:
+            n = int(e.text_mask[b].sum())
+            hidden = policy.completion_hidden(
+                [e.stage1[b]], e.text_ids[b : b + 1, :n], image=False
+            )[0]
+            logps = policy.lm_head(hidden).log_softmax(-1)
+            logps = logps.gather(1, e.text_ids[b, :n, None])[:, 0]
+            levels.append((logps, e.text_old, e.text_ref, e.text_rollout))
+        if "token" in config.train_levels:
+            logps = plain_image_logprobs(policy, e.stage2[b], e.image_ids[b], config)
+            levels.append((logps, e.image_old, e.image_ref, e.image_rollout))
+        losses.append([])
+        for logps, old, ref, sampled in levels:
+            mean = (logps.detach() - old[b, : len(logps)].double()).mean()
+            for i, logp in enumerate(logps):
+                ratio = (logp - old[b, i].double()).exp()
+                if config.ratio_level == "sequence":
+                    ratio = (mean + logp - logp.detach()).exp()
+                bounded = ratio.clamp(1 - config.clip_low, 1 + config.clip_high)
+                token = -torch.minimum(ratio * advantage, bounded * advantage)
+                if config.dual_clip and advantage < 0:
+                    token = torch.minimum(token, -config.dual_clip * advantage)
+                if config.truncated_is:
+                    drift = (old[b, i] - sampled[b, i]).exp().item()
+                    token = token * min(drift, config.truncated_is)
+                if ref is not None:
+                    gap = ref[b, i].double() - logp
+                    token = token + config.beta * (gap.exp() - gap - 1)
+                losses[-1].append(token)
+    if config.loss_type == "sequence":
+        return torch.stack([torch.stack(sample).mean() for sample in losses]).mean()
+    if config.loss_type == "dr_grpo":
+        longest = config.max_completion_length + e.image_ids.shape[1]
+        return torch.stack([torch.stack(sample).sum() / longest for sample in losses]).mean()
+    return torch.stack([token for sample in losses for token in sample]).mean()
+
+
+def run(policy: Policy, e: Experience, config: TrainConfig, chunks: int = 1):
+    """Totals and gradients of policy_loss summed over micro-batches."""
+    policy.zero_grad()
+    text_weights, image_weights = token_weights(e.text_mask, e.image_ids.shape[1], config)
+    totals: dict[str, float] = {}
+    size = len(e.advantages) // chunks
+    for start in range(0, len(e.advantages), size):
+        part = slice(start, start + size)
+        output = policy_loss(
+            policy, e.rows(start, start + size), (text_weights[part], image_weights[part]), config
+        )
+        output["loss"].backward()
+        totals = {k: totals.get(k, 0.0) + v.item() for k, v in output.items()}
+    return totals, {k: p.grad.clone() for k, p in policy.trainable().items() if p.grad is not None}
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {},
+        {"loss_type": "sequence", "beta": 0.2, "truncated_is": 1.1},
+        {"loss_type": "dr_grpo", "clip_high": 0.4},
+        {"ratio_level": "sequence", "clip_low": 0.02, "clip_high": 0.03, "beta": 0.1},
+        {"dual_clip": 1.1, "clip_low": 0.5},
+        {"train_levels": ["semantic"], "beta": 0.1},
+        {"train_levels": ["token"], "clip_low": 0.05, "clip_high": 0.3},
+        {"logprob_policy": "guided"},
+        {"logprob_policy": "guided_detached", "beta": 0.1},
+    ],
+    ids=str,
+)
+def test_loss_and_gradients_equal_plain_fp64(new_policy, experience, overrides):
+    config = make_config(**overrides)
+    e = shifted(experience)
+    if config.logprob_policy != "conditional":
+        _, guided = score(new_policy(), e, config)
+        e.image_old, e.image_ref = e.image_old - experience.image_old + guided, guided
+    policy = new_policy()
+    totals, grads = run(policy, e, config)
+    exact = new_policy().double()
+    expected = plain_loss(exact, e, config)
+    expected.backward()
+    assert totals["loss"] == pytest.approx(expected.item(), rel=1e-4, abs=1e-5)
+    assert 0 < totals["clip_fraction"] < 1
+    wanted = {k: p.grad for k, p in exact.trainable().items() if p.grad is not None}
+    # A level that is not trained leaves its head without a gradient, or with zeros.
+    assert all(k in wanted or not g.any() for k, g in grads.items())
+    norm = torch.stack([g.norm() for g in wanted.values()]).norm()
+    ours = torch.stack([g.double().norm() for g in grads.values()]).norm()
+    assert ours.item() == pytest.approx(norm.item(), rel=1e-3)
+    for name, want in wanted.items():
+        assert (grads[name] - want).norm() <= 1e-3 * norm, name
+
+
+@pytest.mark.parametrize("loss_type", ["token", "sequence", "dr_grpo"])
+def test_micro_batches_sum_to_the_whole(new_policy, experience, loss_type):
+    config = make_config(loss_type=loss_type, beta=0.1)
+    policy, e = new_policy(), shifted(experience)
+    whole, whole_grads = run(policy, e, config)
+    for chunks in (2, 4):
+        parts, grads = run(policy, e, config, chunks)
+        for name in whole:
+            assert parts[name] == pytest.approx(whole[name], rel=1e-4, abs=1e-6), name
+        for name, grad in whole_grads.items():
+            torch.testing.assert_close(grads[name], grad, rtol=1e-3, atol=1e-5)
+
+
+# The three policies whose log-prob can be trained
+
+
+def test_conditional_runs_no_unconditional_path(new_policy, experience, monkeypatch):
+    policy = new_policy()
+    monkeypatch.setattr(Policy, "unconditional", lambda *_: pytest.fail("unconditional path ran"))
+    _, grads = run(policy, experience, make_config(train_levels=["token"]))
+    used = torch.cat([*experience.stage2]).unique()
+    rows = grads["model.language_model.embed_tokens.weight"].norm(dim=1).nonzero().flatten()
+    assert set(rows.tolist()) <= set(used.tolist()) and policy.pad not in rows
+
+
+def test_guided_and_detached_agree_in_value_only(new_policy, experience):
+    policy = new_policy()
+    results = {}
+    for mode in ("guided", "guided_detached"):
+        config = make_config(logprob_policy=mode, train_levels=["token"])
+        e = copy.copy(experience)
+        _, e.image_old = score(policy, e, config)
+        results[mode] = run(policy, e, config)
+    (guided, guided_grads), (detached, detached_grads) = results.values()
+    assert guided["loss"] == pytest.approx(detached["loss"], abs=1e-6)
+    name = "model.language_model.embed_tokens.weight"
+    assert guided_grads[name][policy.pad].norm() > 1e-4  # only the unconditional prompt has pads
+    assert not detached_grads[name][policy.pad].any()
+
+
+def test_score_equals_the_rollout(new_policy, experience):
+    policy = new_policy()
+    text, image = score(policy, experience, make_config())
+    torch.testing.assert_close(text, experience.text_rollout, rtol=0, atol=1e-4)
+    torch.testing.assert_close(image, experience.image_rollout, rtol=0, atol=1e-4)
+    assert not text.requires_grad and not image.requires_grad
+    _, guided = score(policy, experience, make_config(logprob_policy="guided"))
+    sampled = sample_images(policy, experience.stage2, cfg_weight=CFG, seed=1).guided_logprobs
+    torch.testing.assert_close(guided, sampled, rtol=0, atol=1e-4)
+    text, image = score(policy, experience, make_config(train_levels=["token"]))
+    assert not text.any() and image.any()
+
+
+def test_first_update_has_ratio_1(new_policy, experience):
+    totals, _ = run(new_policy(), experience, make_config())
+    assert totals["clip_fraction"] == 0 and 0 <= totals["policy_drift"] < 1e-4
+    assert totals["entropy"] > 1 and totals["kl"] == 0
+    weights = sum(w.sum(1) for w in token_weights(experience.text_mask, 16, make_config()))
+    expected = -(experience.advantages * weights).sum().item()
+    assert totals["loss"] == pytest.approx(expected, abs=1e-4)
+
+
+def test_drift_between_sampler_and_trainer_is_seen(new_policy, experience):
+    experience.image_rollout = experience.image_rollout + 0.25
+    totals, _ = run(new_policy(), experience, make_config(train_levels=["token"]))
+    assert totals["policy_drift"] == pytest.approx(0.25, abs=1e-4)
+
+
+# The reference
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_reference_is_a_frozen_copy_that_shares_what_does_not_train(new_policy, experience, tied):
+    policy = new_policy(4, tied)
+    sample_images(policy, experience.stage2)  # packed weights must be copied all the same
+    reference = reference_policy(policy)
+    assert reference.model.generation_head is policy.model.generation_head
+    assert reference.model.vqmodel is policy.model.vqmodel
+    assert not reference.trainable() and policy.trainable()
+    mine = {p.untyped_storage().data_ptr() for p in policy.trainable().values()}
+    for name, parameter in reference.state_dict().items():
+        if name.startswith(("model.language_model.", "lm_head.")):
+            assert parameter.untyped_storage().data_ptr() not in mine, name
+    embed = reference.model.language_model.embed_tokens.weight
+    assert (reference.lm_head.weight is embed) == tied
+
+    config = make_config(beta=0.1)
+    start = score(policy, experience, config)
+    for got, expected in zip(score(reference, experience, config), start, strict=True):
+        assert torch.equal(got, expected)
+    e = copy.copy(experience)
+    e.text_ref, e.image_ref = start
+    optimizer = torch.optim.SGD(policy.trainable().values(), lr=0.5)
+    totals, _ = run(policy, e, config)
+    assert totals["kl"] == pytest.approx(0, abs=1e-6)
+    optimizer.step()
+    for got, expected in zip(score(reference, experience, config), start, strict=True):
+        assert torch.equal(got, expected)
+    assert run(policy, e, config)[0]["kl"] > 1e-4
