@@ -38,6 +38,7 @@ from engine.report.__main__ import write_report
 from engine.run.checkpoint import atomic_write_text, latest_checkpoint
 from engine.run.folder import open_run, stop_on_signal
 from engine.run.grids import save_grid
+from engine.run.inside import inside
 from engine.run.monitor import RunLogger
 from engine.settings.device import open_device
 from engine.settings.errors import UserError, run_command
@@ -159,7 +160,7 @@ def _evaluate(
 ) -> dict[str, Any]:
     """Evaluate before or after training, once a run; the result is kept in eval/."""
     config = trainer.config
-    path = config.run_dir / "eval" / f"{when}.json"
+    path = inside(config.run_dir, f"eval/{when}.json")
     if path.exists():
         return json.loads(path.read_text())["summary"]
 
@@ -177,7 +178,7 @@ def _evaluate(
         cfg_weight=config.cfg_weight,
         temperature=config.temperature,
         ensemble=pipeline,
-        pictures=path.with_suffix(""),
+        pictures=inside(config.run_dir, f"eval/{when}"),
         progress=progress,
     )
     atomic_write_text(path, json.dumps({"summary": summary, "rows": records}, indent=1))
@@ -195,7 +196,7 @@ def _show_samples(
     """A grid of the step's first pictures, two of each group, with plans and rewards."""
     size = trainer.config.group_size
     chosen = [i for i in range(len(prompts)) if i % size < 2][:16]
-    path = trainer.config.run_dir / "samples" / f"step-{step:06d}.png"
+    path = inside(trainer.config.run_dir, f"samples/step-{step:06d}.png")
     save_grid(
         path,
         made.pixels[chosen].float().cpu(),
@@ -217,7 +218,7 @@ def train(config: TrainConfig) -> None:
         count = min(config.eval_prompts, len(eval_rows))
         eval_rows = [eval_rows[i * len(eval_rows) // count] for i in range(count)]
     require_memory(config)
-    require_replaceable(config.run_dir / "policy")  # now rather than when the run is over
+    require_replaceable(inside(config.run_dir, "policy"))  # now rather than when the run is over
     trainer = Trainer(config, rows, eval_rows)
     done = 0
     found = latest_checkpoint(config.run_dir) if config.resume else None
@@ -258,7 +259,7 @@ def train(config: TrainConfig) -> None:
         # Rewards are awaited before anything of a step is changed: this is the step before.
         if done:
             trainer.learner.save(done)
-        log = config.run_dir / "reward_error.txt"
+        log = inside(config.run_dir, "reward_error.txt")
         atomic_write_text(log, "".join(traceback.format_exception(error)))
         saved = f"; saved at step {done}, continue with --resume" if done else ""
         raise UserError(f"after step {done}: {error} (details in {log}){saved}") from error
@@ -267,8 +268,9 @@ def train(config: TrainConfig) -> None:
     seconds = earlier + time.monotonic() - started
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     summary |= {"seconds": seconds, "peak_memory_mib": peak, "torch": torch.__version__}
-    save_policy(trainer.policy, config.run_dir / "policy")
-    atomic_write_text(config.run_dir / "summary.json", json.dumps(summary, indent=2) + "\n")
+    save_policy(trainer.policy, inside(config.run_dir, "policy"))
+    path = inside(config.run_dir, "summary.json")
+    atomic_write_text(path, json.dumps(summary, indent=2) + "\n")
     report = write_report(config.run_dir)
     _print_result(summary, report)
 

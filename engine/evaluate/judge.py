@@ -17,6 +17,7 @@ from engine.model.policy import Policy
 from engine.prompts.conversation import Conversation
 from engine.prompts.data import Row
 from engine.run.grids import save_picture
+from engine.run.inside import inside
 from engine.tiny.judge import judge
 from engine.tiny.world import IMAGE_SIZE
 from rewards import Ensemble, RewardPipeline
@@ -98,7 +99,7 @@ def evaluate(
                 kept[task] = number + 1
                 if (start + i) % generations == 0:
                     name = f"{start + i:05d}.png"
-                    save_picture(pictures / name, pixels[i])
+                    save_picture(inside(pictures, name), pixels[i])
                     record["image"] = f"{pictures.name}/{name}"
             records.append(record)
         progress(len(records), len(every))

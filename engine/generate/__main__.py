@@ -33,6 +33,7 @@ from engine.prompts.conversation import Conversation
 from engine.prompts.data import PromptTemplate, Row, load_prompts, load_template
 from engine.run.checkpoint import atomic_write_text
 from engine.run.grids import save_grid
+from engine.run.inside import inside
 from engine.run.progress import Progress
 from engine.settings.device import HELP, check_device, open_device
 from engine.settings.errors import UserError, run_command
@@ -159,12 +160,12 @@ def draw_grid(rows: list[Row], template: PromptTemplate, config: GenerateConfig)
     except OSError as error:
         raise UserError(f"--out {out}: {error.strerror}") from error
     save_grid(
-        out / "grid.png",
+        inside(out, "grid.png"),
         torch.cat([part.pixels.float().cpu() for part in made]),
         [f"{r['prompt']}\n{r['plan'] or ''}" for r in records],
         columns=each,
     )
-    atomic_write_text(out / "plans.json", json.dumps(records, indent=2) + "\n")
+    atomic_write_text(inside(out, "plans.json"), json.dumps(records, indent=2) + "\n")
     print(f"{out / 'grid.png'}: {len(plans)} pictures; plans in {out / 'plans.json'}")
 
 

@@ -23,6 +23,10 @@ from engine.settings.errors import UserError
 LAYOUTS = ("plain", "t2i-compbench", "geneval", "wise")
 NAME_BYTES = 240  # of the 255 that file systems hold; the rest is a temporary name's
 WISE_IDS = range(1, 1001)
+_OURS = re.compile(  # each read once from left to right, however long the name
+    r"images/[0-9][a-z0-9-]*\.png|samples/[^/\x00-\x1f\x7f]+_[0-9]{6,}\.png"
+    r"|[0-9]+/samples/[0-9]+\.png|[0-9]+/metadata\.jsonl|[0-9]+\.png"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +76,11 @@ def layout_files(layout: str, rows: list[Row], num_generations: int, source: str
     assert layout == "plain", layout
     slugs = [_slug(prompt) for prompt in prompts]
     return Files([f"images/{i:05d}{slugs[i]}-{k}.png" for i, k in numbered])
+
+
+def is_ours(name: object) -> bool:
+    """Whether `layout_files` may have made this name; what it made, may be removed."""
+    return isinstance(name, str) and _OURS.fullmatch(name) is not None
 
 
 def _slug(prompt: str) -> str:

@@ -4,21 +4,31 @@ Beside the pictures: `settings.json`, what they were made with, written first; `
 one object a picture {file, prompt, plan, seed, sample_id, settings}, a batch's lines appended
 after its pictures are on disk. A picture counts as made when its line and its file are there. One
 process at a time fills a folder.
+
+Both files may be a stranger's. Nothing is written or removed through a link below the folder, and
+what the files name is removed only where it is a name that this program gives.
 """
 
 import hashlib
 import json
 import os
-from pathlib import Path, PurePosixPath
+import re
+from collections.abc import Iterator
+from itertools import chain
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from engine.generate.benchmark_layouts import is_ours
 from engine.run.checkpoint import atomic_write_text
 from engine.run.grids import save_picture
+from engine.run.inside import inside, inside_or_none
 from engine.settings.errors import UserError
 
 SETTINGS, MANIFEST = "settings.json", "manifest.jsonl"
+LINE_BYTES = 1 << 25  # of the manifest; the prompt and the plan of one picture are far shorter
+_LEFTOVER = re.compile(r"\.(.+)\.tmp-[0-9]+")
 Record = dict[str, Any]
 
 
@@ -32,8 +42,8 @@ class PictureFolder:
         settings: JSON values that decide the pictures.
         shown: more of them, for the reader of settings.json, such as paths: they may change.
         overwrite: forget what an earlier job made.
-    Raises: UserError naming the setting that differs from an earlier job's, or the picture that
-        another program made.
+    Raises: UserError naming the setting that differs from an earlier job's, the picture that
+        another program made, or the link that would lead out of the folder.
 
     Attributes:
         records: picture number -> manifest line, of the pictures that are there.
@@ -56,6 +66,8 @@ class PictureFolder:
         canonical = json.dumps(settings, sort_keys=True)
         self.settings_hash = hashlib.sha256(canonical.encode()).hexdigest()[:16]
         self.earlier = self._read_settings()
+        for name in (MANIFEST, *pictures, *texts):
+            inside(path, name)  # now, before anything is drawn or removed
         self.records: dict[int, Record] = {}
         if overwrite:
             return
@@ -71,12 +83,12 @@ class PictureFolder:
         for key in dict.fromkeys([*self.settings, *then]):
             if self.settings.get(key) != then.get(key):
                 raise UserError(
-                    f"{path}: {key} was {_short(then.get(key))}, now "
+                    f"{path}: {_key(key)} was {_short(then.get(key))}, now "
                     f"{_short(self.settings.get(key))}; --overwrite starts anew"
                 )
         numbers = {name: i for i, name in enumerate(pictures)}
         for record in self._read_manifest():
-            number = numbers.get(record.get("file", ""))
+            number = numbers.get(record["file"])
             wanted = record.get("settings") == self.settings_hash
             if number is not None and wanted and (path / pictures[number]).is_file():
                 self.records[number] = record
@@ -90,18 +102,19 @@ class PictureFolder:
         try:
             if self.overwrite and self.earlier is not None:
                 self._clear()
-            folders = {(self.path / n).parent for n in (*self.pictures, *self.texts)} | {self.path}
-            for folder in folders:
-                folder.mkdir(parents=True, exist_ok=True)
-                for leftover in folder.glob(".*.tmp-*"):  # of a write that was killed
-                    leftover.unlink()
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._remove_leftovers("")
+            parents = (name.rpartition("/")[0] for name in (*self.pictures, *self.texts))
+            for folder in filter(None, dict.fromkeys(parents)):
+                inside(self.path, folder).mkdir(parents=True, exist_ok=True)
+                self._remove_leftovers(f"{folder}/")
         except OSError as error:
             raise UserError(f"{self.path}: cannot be written: {error.strerror}") from error
         content = {"settings": self.settings, "texts": list(self.texts), **self.shown}
-        atomic_write_text(self.path / SETTINGS, json.dumps(content, indent=1) + "\n")
+        atomic_write_text(inside(self.path, SETTINGS), json.dumps(content, indent=1) + "\n")
         self.finish()
         for name, text in self.texts.items():
-            atomic_write_text(self.path / name, text)
+            atomic_write_text(inside(self.path, name), text)
 
     def add(self, made: dict[int, tuple[Tensor, Record]]) -> None:
         """Write pictures, (3, H, W) in [0, 1], and then their lines; those there are left alone."""
@@ -109,10 +122,10 @@ class PictureFolder:
         lines = []
         for number, (pixels, record) in new.items():
             file = self.pictures[number]
-            save_picture(self.path / file, pixels)
+            save_picture(inside(self.path, file), pixels)
             self.records[number] = {"file": file, **record, "settings": self.settings_hash}
             lines.append(_line(self.records[number]))
-        manifest = self.path / MANIFEST
+        manifest = inside(self.path, MANIFEST)
         try:
             with manifest.open("a", encoding="utf-8") as handle:
                 handle.writelines(lines)
@@ -124,53 +137,69 @@ class PictureFolder:
     def finish(self) -> None:
         """Bring the manifest into the pictures' order, without lines that hold no longer."""
         text = "".join(_line(self.records[number]) for number in sorted(self.records))
-        manifest = self.path / MANIFEST
+        manifest = inside(self.path, MANIFEST)
         if not manifest.exists() or manifest.read_text(encoding="utf-8", errors="replace") != text:
             atomic_write_text(manifest, text)
 
     def _read_settings(self) -> dict[str, Any] | None:
-        file = self.path / SETTINGS
+        file = inside(self.path, SETTINGS)
         try:
             found = json.loads(file.read_text(encoding="utf-8"))
         except FileNotFoundError:
             return None
         except OSError as error:
             raise UserError(f"{self.path}: {error.strerror}") from error
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{file}: not JSON: {error}") from error
-        if not isinstance(found, dict) or not isinstance(found.get("settings"), dict):
+        known = isinstance(found, dict) and isinstance(found.get("settings"), dict)
+        if not known or not isinstance(found.get("texts", []), list):
             raise UserError(f"{file}: not the settings of engine.generate")
         return found
 
-    def _read_manifest(self) -> list[Record]:
-        """The whole lines; a kill while they were appended leaves half of one."""
-        records = []
+    def _read_manifest(self) -> Iterator[Record]:
+        """The lines that may be this program's: flat objects with the name of a file.
+
+        Others are passed over: a kill while lines were appended leaves half of one.
+        """
         try:
-            text = (self.path / MANIFEST).read_text(encoding="utf-8", errors="replace")
+            with inside(self.path, MANIFEST).open("rb") as handle:
+                while line := handle.readline(LINE_BYTES):
+                    try:
+                        record = json.loads(line)
+                    except (ValueError, RecursionError):
+                        continue
+                    if isinstance(record, dict) and isinstance(record.get("file"), str):
+                        if not any(isinstance(value, (dict, list)) for value in record.values()):
+                            yield record
         except OSError:
-            return []
-        for line in text.split("\n"):
-            try:
-                record = json.loads(line)
-            except ValueError:
-                continue
-            if isinstance(record, dict):
-                records.append(record)
-        return records
+            return
+
+    def _remove_leftovers(self, folder: str) -> None:
+        """The temporary files of a write that was killed, in "" or "some/folder/"."""
+        for entry in os.listdir(self.path / folder):
+            match = _LEFTOVER.fullmatch(entry)
+            if match and (is_ours(folder + match[1]) or folder + match[1] in (SETTINGS, MANIFEST)):
+                leftover = inside_or_none(self.path, folder + entry)
+                if leftover is not None and leftover.is_file():
+                    leftover.unlink()
 
     def _clear(self) -> None:
         """Remove the files of an earlier job, so that no evaluator finds them among the new."""
-        names = [record.get("file") for record in self._read_manifest()]
-        for name in (*names, *self.earlier.get("texts", [])):
-            parts = PurePosixPath(name).parts if isinstance(name, str) else ("..",)
-            if not parts or ".." in parts or parts[0] == "/":
-                continue  # not a name that this program wrote
-            file = self.path.joinpath(*parts)
-            file.unlink(missing_ok=True)
-            for folder in list(file.parents)[: len(parts) - 1]:
-                if folder.is_dir() and not any(folder.iterdir()):
-                    folder.rmdir()
-        (self.path / MANIFEST).unlink(missing_ok=True)
+        folders = set()
+        names = (record["file"] for record in self._read_manifest())
+        for name in chain(self.earlier.get("texts", []), names):
+            file = inside_or_none(self.path, name) if is_ours(name) else None
+            if file is None:
+                continue
+            if file.is_file():
+                file.unlink()
+            for folder in list(file.parents)[: name.count("/")]:
+                if folder not in folders and folder.is_dir():
+                    folders.add(folder)
+        for folder in sorted(folders, key=lambda path: len(path.parts), reverse=True):
+            if not any(folder.iterdir()):
+                folder.rmdir()
+        inside(self.path, MANIFEST).unlink(missing_ok=True)
 
 
 def _line(record: Record) -> str:
@@ -180,3 +209,7 @@ def _line(record: Record) -> str:
 def _short(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _key(name: str) -> str:
+    return name if name.isidentifier() and len(name) <= 60 else _short(name)

@@ -21,6 +21,7 @@ from engine.report.hacking import (
 )
 from engine.report.page import Curve, card, chart, number, page, section, signed, span_bar, table
 from engine.run.checkpoint import atomic_write_bytes
+from engine.run.inside import inside, inside_or_none
 from engine.settings.errors import UserError
 
 PAIRS_PER_TASK = 2  # before/after pictures shown of a task type
@@ -211,11 +212,10 @@ def _picture(run: Run, name: Any) -> str:
     gone = '<div class="gone">no picture</div>'
     if not isinstance(name, str):
         return gone
-    # A path that leads out of the run's folder is not a picture of this run.
-    root = run.folder.resolve()
-    for candidate in ((root / name).resolve(), (root / "eval" / name).resolve()):
-        if candidate.is_relative_to(root) and candidate.is_file():
-            return _embed(candidate) or gone
+    for place in (name, f"eval/{name}"):
+        path = inside_or_none(run.folder, place)
+        if path is not None and path.is_file():
+            return _embed(path) or gone
     return gone
 
 
@@ -272,7 +272,9 @@ def _pairs(run: Run) -> str:
 
 
 def _samples(run: Run) -> str:
-    sheets = sorted((run.folder / "samples").glob("*.png"))
+    found = (run.folder / "samples").glob("*.png")
+    # A link may lead to a picture that is none of this run, and not meant to be shown.
+    sheets = [p for p in sorted(found) if inside_or_none(run.folder, f"samples/{p.name}")]
     if not sheets:
         return '<p class="muted">No sample sheets were written.</p>'
     count = min(SAMPLE_SHEETS, len(sheets))
@@ -318,7 +320,7 @@ def write_report(run_dir: Path) -> Path:
             section("Configuration", _config(run)),
         )
     )
-    path = run.folder / "report.html"
+    path = inside(run.folder, "report.html")
     atomic_write_bytes(path, page(f"{run.folder.resolve().name} – training report", body).encode())
     return path
 

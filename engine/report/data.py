@@ -7,6 +7,7 @@ from typing import Any
 
 import yaml
 
+from engine.run.inside import inside
 from engine.run.monitor import METRICS_FILE, read_metrics
 from engine.settings.errors import UserError
 
@@ -76,7 +77,7 @@ def load_run(run_dir: Path) -> Run:
         raise UserError(f"{run_dir}: no such run folder")
     run = Run(run_dir, [], {}, {}, {"before": [], "after": []}, [])
     paths = {
-        name: run_dir / name
+        name: inside(run_dir, name)  # a link's file would be shown in a page that is passed on
         for name in (
             "config.yaml",
             METRICS_FILE,

@@ -13,6 +13,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from engine.run.inside import inside, inside_or_none, remove_folder, write_new
 from engine.settings.errors import UserError
 
 STATE_FILE = "state.json"
 _VISIBLE = re.compile(r"step-(\d+)")
 _OLD = re.compile(r"\.old-(\d+)-\d+")
+_TEMPORARY = re.compile(r"\.tmp-\d+-\d+")
 
 
 def save_checkpoint(
@@ -47,13 +50,13 @@ def save_checkpoint(
         TypeError or ValueError, before anything is written, when `state` is not JSON.
     """
     state_text = json.dumps({**state, "step": step}, allow_nan=False)
-    folder = Path(run_dir) / "checkpoints"
-    final = folder / f"step-{step:06d}"
-    temporary = folder / f".tmp-{step}-{os.getpid()}"
+    folder = inside(run_dir, "checkpoints")
+    final = inside(folder, f"step-{step:06d}")
+    temporary = inside(folder, f".tmp-{step}-{os.getpid()}")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         remove_temporaries(run_dir)
-        temporary.mkdir()
+        temporary.mkdir()  # and so no link of that name
         for group, named in tensors.items():
             save_file({name: _storable(t) for name, t in named.items()}, temporary / _file(group))
         files = {_file(group): _fingerprint(temporary / _file(group)) for group in tensors}
@@ -64,7 +67,7 @@ def save_checkpoint(
         if final.exists():
             # A folder cannot be replaced in one step: the old one steps aside first, still
             # found by `latest_checkpoint` under its hidden name.
-            os.rename(final, folder / f".old-{step}-{os.getpid()}")
+            os.rename(final, inside(folder, f".old-{step}-{os.getpid()}"))
         os.rename(temporary, final)
         for path in (folder, folder.parent):
             _fsync(path)
@@ -108,37 +111,40 @@ def load_checkpoint(path: str | Path) -> tuple[dict[str, dict[str, Tensor]], dic
 
 
 def prune(run_dir: str | Path, keep: int) -> None:
-    """Remove all but the `keep` >= 1 whole checkpoints of the highest steps."""
+    """Remove all but the `keep` >= 1 whole checkpoints of the highest steps.
+
+    A link is none of them: whoever put it there keeps a checkpoint elsewhere.
+    """
     assert keep >= 1, keep
-    folder = Path(run_dir) / "checkpoints"
+    folder = inside(run_dir, "checkpoints")
     found = []
     for path in folder.iterdir() if folder.is_dir() else ():
         match = _VISIBLE.fullmatch(path.name)
-        if match and _is_complete(path):
+        if match and inside_or_none(folder, path.name) and _is_complete(path):
             found.append((int(match[1]), path))
     try:
         for step, path in sorted(found)[:-keep]:
             # Hidden before it is taken apart, so that no half of it is ever visible.
-            hidden = path.with_name(f".tmp-{step}-{os.getpid()}")
+            hidden = inside(folder, f".tmp-{step}-{os.getpid()}")
             os.rename(path, hidden)
-            shutil.rmtree(hidden)
+            remove_folder(folder, hidden.name)
     except OSError as error:
         raise UserError(f"{folder}: cannot remove checkpoints: {error.strerror}") from error
 
 
 def remove_temporaries(run_dir: str | Path) -> None:
     """Tidy up after a killed run; a checkpoint whose replacement never came is put back."""
-    folder = Path(run_dir) / "checkpoints"
-    for path in sorted(folder.glob(".tmp-*")) if folder.is_dir() else ():
-        shutil.rmtree(path)
-    for path in sorted(folder.glob(".old-*")) if folder.is_dir() else ():
-        match = _OLD.fullmatch(path.name)
-        if match:
-            final = folder / f"step-{int(match[1]):06d}"
-            if final.exists():
-                shutil.rmtree(path)
-            else:
-                os.rename(path, final)
+    folder = inside(run_dir, "checkpoints")
+    names = sorted(os.listdir(folder)) if folder.is_dir() else []
+    ours = [name for name in names if inside_or_none(folder, name)]
+    for name in filter(_TEMPORARY.fullmatch, ours):
+        remove_folder(folder, name)
+    for match in filter(None, map(_OLD.fullmatch, ours)):
+        final = folder / f"step-{int(match[1]):06d}"
+        if os.path.lexists(final):
+            remove_folder(folder, match[0])
+        else:
+            os.rename(folder / match[0], final)
 
 
 def load_named_tensors(
@@ -228,13 +234,13 @@ def atomic_write_bytes(path: str | Path, data: bytes) -> None:
     path = Path(path)
     temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
     try:
-        temporary.write_bytes(data)
+        write_new(temporary, data)
         _fsync(temporary)
         os.replace(temporary, path)
         _fsync(path.parent)
     except OSError as error:
-        if temporary.exists():
-            temporary.unlink()
+        with suppress(OSError):  # where the folder is the trouble, there is nothing to tidy up
+            temporary.unlink(missing_ok=True)
         raise UserError(f"{path}: cannot be written: {error.strerror}") from error
 
 

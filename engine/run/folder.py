@@ -10,6 +10,7 @@ from types import FrameType
 import yaml
 
 from engine.run.checkpoint import atomic_write_text
+from engine.run.inside import inside
 from engine.settings.errors import UserError
 from engine.settings.train import TrainConfig
 
@@ -19,6 +20,13 @@ FREE = {
     "save_total_limit", "eval_prompts", "eval_generations", "eval_dataset_name", "max_steps",
     "on_reward_error", "reward_timeout", "reward_device", "reward_offload",
 }  # fmt: skip
+
+# All that a run writes. A link among them is found when the run begins, not when it is over.
+WRITTEN = (
+    "config.yaml", "metrics.jsonl", "summary.json", "reward_error.txt", "report.html",
+    "eval/before.json", "eval/before", "eval/after.json", "eval/after",
+    "checkpoints", "samples", "tensorboard", "policy",
+)  # fmt: skip
 
 
 def open_run(config: TrainConfig, settings: str, checkpoint: Path | None) -> float:
@@ -31,6 +39,8 @@ def open_run(config: TrainConfig, settings: str, checkpoint: Path | None) -> flo
     Raises: UserError naming the folder or key.
     """
     run_dir = config.run_dir
+    for name in WRITTEN:
+        inside(run_dir, name)
     if config.resume:
         if checkpoint is None:
             raise UserError(f"--resume: {run_dir} holds no checkpoint")
@@ -43,8 +53,8 @@ def open_run(config: TrainConfig, settings: str, checkpoint: Path | None) -> flo
         raise UserError(f"{run_dir}: cannot make the run folder: {error.strerror}") from error
     if not config.resume:
         for stale in ("eval/before.json", "eval/after.json", "summary.json"):
-            (run_dir / stale).unlink(missing_ok=True)
-    atomic_write_text(run_dir / "config.yaml", settings)
+            inside(run_dir, stale).unlink(missing_ok=True)
+    atomic_write_text(inside(run_dir, "config.yaml"), settings)
     return _seconds_so_far(run_dir) if config.resume else 0.0
 
 

@@ -13,6 +13,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from engine.run.checkpoint import atomic_write_bytes
+from engine.run.inside import inside
 from engine.settings.errors import UserError
 
 METRICS_FILE = "metrics.jsonl"
@@ -61,7 +62,7 @@ class RunLogger:
     def __init__(self, run_dir: Path, total_steps: int, resume: bool, quiet: bool = False) -> None:
         self.run_dir = Path(run_dir)
         self.total_steps = total_steps
-        self.path = self.run_dir / METRICS_FILE
+        self.path = inside(self.run_dir, METRICS_FILE)
         if not resume and self.path.exists() and self.path.stat().st_size > 0:
             raise UserError(f"{self.path}: a run is there already; --resume it or name another")
         self.run_dir.mkdir(parents=True, exist_ok=True)
@@ -103,9 +104,8 @@ class RunLogger:
     def writer(self) -> SummaryWriter:
         """The TensorBoard writer, opened at first use: by then a resumed run knows its step."""
         if self._writer is None:
-            self._writer = SummaryWriter(
-                str(self.run_dir / "tensorboard"), purge_step=self._purge_step
-            )
+            folder = inside(self.run_dir, "tensorboard")
+            self._writer = SummaryWriter(str(folder), purge_step=self._purge_step)
         return self._writer
 
     def log(self, metrics: dict) -> None:

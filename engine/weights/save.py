@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -15,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from engine.model.policy import Policy
+from engine.run.inside import inside, inside_or_none
 from engine.settings.errors import UserError
 from engine.weights.files import Reader, read_json
 from engine.weights.layout import (
@@ -47,6 +49,8 @@ OWN_FILES = (
     "chat_template.json",
 )
 ORIGINAL_ONLY = f"{ORIGINAL}/original_only.safetensors"
+# What the names of a saved policy look like, whatever a folder's MANIFEST claims.
+_NAME = re.compile(rf"(({ORIGINAL}|{TRANSFORMERS})/)?[\w.-]+\.(safetensors|json|model|jinja)")
 
 
 class _Output(NamedTuple):
@@ -57,8 +61,9 @@ class _Output(NamedTuple):
 def save_folder(policy: Policy, folder: Path, *, layout: str | None, max_shard_bytes: int) -> Path:
     """See engine.policy.save_policy."""
     require_replaceable(folder)
-    temporary = folder.parent / f".{folder.name}.tmp-{os.getpid()}"
-    replaced = folder.parent / f".{folder.name}.old-{os.getpid()}"
+    typed, folder = folder, Path(os.path.realpath(folder))  # not the link, but what it names
+    temporary = inside(folder.parent, f".{folder.name}.tmp-{os.getpid()}")
+    replaced = inside(folder.parent, f".{folder.name}.old-{os.getpid()}")
     source = policy.source
     layout = layout or (source.layout if source else TRANSFORMERS)
     try:
@@ -85,10 +90,10 @@ def save_folder(policy: Policy, folder: Path, *, layout: str | None, max_shard_b
         if replaced.exists() and not folder.exists():
             os.rename(replaced, folder)
         reason = getattr(error, "strerror", None) or error
-        raise UserError(f"{folder}: cannot be written: {reason}") from error
+        raise UserError(f"{typed}: cannot be written: {reason}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    return folder
+    return typed
 
 
 def require_replaceable(folder: Path) -> None:
@@ -98,9 +103,11 @@ def require_replaceable(folder: Path) -> None:
     if not folder.is_dir():
         raise UserError(f"{folder}: not a folder")
     found = _files_in(folder)
-    own = read_json(folder / MANIFEST).get("files") if MANIFEST in found else []
-    own = own if isinstance(own, list) else []
-    foreign = [name for name in found if name != MANIFEST and name not in own]
+    listed = read_json(inside(folder, MANIFEST)).get("files") if MANIFEST in found else []
+    listed = listed if isinstance(listed, list) else []
+    own = {name for name in listed if isinstance(name, str) and _NAME.fullmatch(name)}
+    own = {MANIFEST, *(name for name in own if inside_or_none(folder, name))}
+    foreign = [name for name in found if name not in own]
     if foreign:
         raise UserError(
             f"{folder}: would be replaced, but holds {foreign[0]!r}, which is not of a saved policy"
@@ -126,6 +133,8 @@ def write_policy(
     if layout not in LAYOUTS:
         raise UserError(f"layout must be one of {', '.join(LAYOUTS)}, got {layout!r}")
     folder.mkdir(parents=True, exist_ok=True)
+    for name in _files_in(folder):
+        inside(folder, name)  # else a link of a file's name would be written through
     aside = policy.source.aside.values() if policy.source else ()
     # They are read while the files are written.
     assert not any(entry.file.parent.samefile(folder) for entry in aside), folder
@@ -253,7 +262,9 @@ def _storable(tensor: Tensor, *, copied: bool) -> Tensor:
 
 
 def _files_in(folder: Path) -> list[str]:
-    return sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if not p.is_dir())
+    """All but plain folders: a link to a folder counts as a file."""
+    found = (path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
+    return sorted(path.relative_to(folder).as_posix() for path in found)
 
 
 def _write_json(path: Path, values: Mapping[str, Any]) -> None:

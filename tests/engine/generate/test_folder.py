@@ -76,7 +76,7 @@ def killer(monkeypatch, at: int):
         with open(path, "wb") as handle:
             handle.write(data[: len(data) // 2])
 
-    monkeypatch.setattr(Path, "write_bytes", once(Path.write_bytes, half_written))
+    monkeypatch.setattr(checkpoint, "write_new", once(checkpoint.write_new, half_written))
     monkeypatch.setattr(Path, "mkdir", once(Path.mkdir))
     monkeypatch.setattr(os, "replace", once(os.replace))
     monkeypatch.setattr(checkpoint, "_fsync", once(checkpoint._fsync))

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 import engine.weights.save
 from engine.policy import load_policy, save_policy
 from engine.settings.errors import UserError
+from engine.weights.save import write_policy
 from tests.engine.weights.original_layout import edit_weights, small_model, write_original
 
 
@@ -46,6 +47,25 @@ def test_only_a_folder_of_ours_is_replaced(folder, tmp_path):
     with pytest.raises(UserError, match="thesis.txt"):
         save_policy(policy, tmp_path / "listed")
     assert contents(folder) == before
+
+
+def test_links_are_followed_only_where_the_user_typed_one(folder, tmp_path):
+    policy = load_policy(str(folder))
+    out, link = tmp_path / "out", tmp_path / "link"
+    save_policy(policy, out)
+    link.symlink_to(out)
+    siblings = sorted(p.name for p in tmp_path.iterdir())
+    assert save_policy(policy, link, layout="transformers") == link
+    assert link.is_symlink() and sorted(p.name for p in tmp_path.iterdir()) == siblings
+    assert (out / "generation_config.json").exists()  # of the new layout, behind the link
+    (tmp_path / "thesis.txt").write_text("mine")
+    (out / "config.json").unlink()
+    (out / "config.json").symlink_to(tmp_path / "thesis.txt")
+    with pytest.raises(UserError, match="holds 'config.json'"):
+        save_policy(policy, out)
+    with pytest.raises(UserError, match="config.json: a symbolic link"):
+        write_policy(policy, out)
+    assert (tmp_path / "thesis.txt").read_text() == "mine"
 
 
 @pytest.mark.parametrize("fails_at", [1, 3])
