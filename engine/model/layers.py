@@ -1,5 +1,7 @@
 """The trunk's modules, named as in transformers' Llama; training forward and prefill use them."""
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -106,3 +108,11 @@ class LanguageModel(nn.Module):
         self.embed_tokens = nn.Embedding(text.vocab_size, text.hidden_size)
         self.layers = nn.ModuleList(Layer(config) for _ in range(text.num_hidden_layers))
         self.norm = RMSNorm(text.hidden_size, text.rms_norm_eps)
+
+    def keys_values(self, x: Tensor, cos: Tensor, sin: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Each layer's k, v (B, Hkv, T, head_dim) of embeddings x (B, T, D); k is rotated."""
+        for layer in self.layers[:-1]:
+            x, k, v = layer(x, cos, sin)
+            yield k, v
+        last = self.layers[-1]  # nobody reads its output
+        yield last.self_attn.keys_values(last.input_layernorm(x), cos, sin)

@@ -15,17 +15,34 @@ from torch import Tensor, nn
 from transformers import JanusConfig, PreTrainedTokenizerBase
 from transformers.models.janus.modeling_janus import JanusVQVAE
 
+from engine.model.generator import TrunkShape
+from engine.model.head import Head, LevelName
 from engine.model.image_modules import Aligner, ImageHead, picture_side
 from engine.model.layers import LanguageModel
-from engine.model.rope import rope_tables
-from engine.model.token_tree import TokenTree, worthwhile_tree
+from engine.model.rope import half_tables, head_dimension, rope_tables
+from engine.model.sequences import Sequences
+from engine.model.step_weights import OwnWeights, WeightSource
+from engine.model.token_tree import TokenTree
 from kernels import linear_logprobs
 
 if TYPE_CHECKING:
     from engine.model.source import Checkpoint
 
 
+PREFILL_TOKENS = 512  # prefilled together: few enough for their activations to stay in cache
 DECODED_PIXELS = 16 * 384**2  # at a time
+
+
+def trunk_shape(config: JanusConfig) -> TrunkShape:
+    """The decoder's sizes."""
+    text = config.text_config
+    return TrunkShape(
+        text.num_hidden_layers,
+        text.hidden_size,
+        text.num_attention_heads,
+        text.num_key_value_heads,
+        head_dimension(config),
+    )
 
 
 class _Model(nn.Module):
@@ -70,6 +87,7 @@ class Policy(nn.Module):
             self.image_start = tokenizer.convert_tokens_to_ids("<begin_of_image>")
         else:
             self.bos, self.eos, self.pad, self.image_start = 0, 1, 2, 3
+        self.weights: WeightSource = OwnWeights(self.model.language_model)
         self._image_table: Tensor | None = None
         self.register_load_state_dict_post_hook(Policy._forget_image_table)
 
@@ -106,7 +124,20 @@ class Policy(nn.Module):
         """Trainable parameters by name, tied ones once."""
         return {n: p for n, p in self.named_parameters() if p.requires_grad}
 
-    # Embeddings
+    # What a generator answers (engine/model/generator.py)
+
+    @property
+    def shape(self) -> TrunkShape:
+        return trunk_shape(self.config)
+
+    def head(self, level: LevelName) -> Head:
+        """The text head, or the image head with its inner layer."""
+        if level == "semantic":
+            table = self.model.language_model.embed_tokens.weight
+            return Head(self.lm_head.weight, self.lm_head.bias, table, eos=self.eos)
+        head = self.model.generation_head
+        last = head.vision_head
+        return Head(last.weight, last.bias, self.image_table(), head.proj_out, own_ids=True)
 
     def image_table(self) -> Tensor:
         """aligner(codebook): (V_image, D), a constant table once `gen_*` is frozen."""
@@ -122,9 +153,32 @@ class Policy(nn.Module):
         """(...,) int64 -> (..., D)."""
         return self.model.language_model.embed_tokens(ids)
 
-    def embed_image(self, ids: Tensor) -> Tensor:
-        """(...,) int64 image tokens -> (..., D)."""
-        return F.embedding(ids, self.image_table())
+    def rotations(self, length: int) -> tuple[Tensor, Tensor]:
+        """Cosines and sines of positions 0 .. length - 1, (length, head_dim / 2) fp32."""
+        return half_tables(self.config, length, self.device)
+
+    def position_table(self) -> None:
+        """Positions are rotations alone."""
+
+    def prefill(self, prompts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Keys and values (layers, U, Hkv, max L_i, head_dim) of U prompts (L_i,) int64.
+
+        Shorter ones are right-padded, which a causal model cannot see; positions past L_i are junk.
+        """
+        ids = nn.utils.rnn.pad_sequence(list(prompts), batch_first=True)
+        count, width = ids.shape
+        shape, trunk = self.shape, self.model.language_model
+        cos, sin = rope_tables(self.config, width, ids.device)
+        size = (shape.layers, count, shape.kv_heads, width, shape.head_dim)
+        keys = torch.empty(size, dtype=self.dtype, device=self.device)
+        values = torch.empty_like(keys)
+        few = max(1, PREFILL_TOKENS // max(1, width)) if self.device.type == "cpu" else count
+        for start in range(0, count, few):
+            rows = slice(start, start + few)
+            parts = trunk.keys_values(self.embed_text(ids[rows]), cos, sin)
+            for index, (k, v) in enumerate(parts):
+                keys[index, rows], values[index, rows] = k, v
+        return keys, values
 
     # Forward
 
@@ -145,53 +199,31 @@ class Policy(nn.Module):
             x, _, _ = layer(x, cos, sin, tree)
         return trunk.norm(x)
 
-    def completion_hidden(
-        self,
-        prompts: Sequence[Tensor],
-        completions: Tensor,
-        *,
-        image: bool,
-        lengths: Tensor | None = None,
-        share: bool = True,
-    ) -> Tensor:
-        """Hidden states that predict each completion token.
-
-        Args:
-            prompts: B tensors (L_i,) int64 text ids.
-            completions: (B, T) int64; image tokens if `image`, else text ids. Positions past a
-                row's own end may hold anything: a causal model does not see them earlier.
-            lengths: (B,) int64 in 0 .. T, completion tokens of each row; None: T.
-            share: compute once what several rows begin with, and no padding, where that pays;
-                the same values and gradients but for rounding.
-        Returns: (B, T, D); zeros past a row's length.
-        """
-        tree = worthwhile_tree(prompts, completions, lengths, image=image) if share else None
+    def completion_hidden(self, sequences: Sequences) -> Tensor:
+        """Hidden states that predict each completion token, (B, T, D); zeros past a row's length."""
+        head = self.head(sequences.level)
+        tree = sequences.tree(own_ids=head.own_ids)
         if tree is None:
-            hidden = self._padded_hidden(prompts, completions, image=image)
+            hidden = self._padded_hidden(sequences, head)
         else:
             embeds = self.embed_text(tree.text_ids)
-            if image:
-                embeds = torch.cat((embeds, self.embed_image(tree.image_ids)))
+            if head.own_ids:
+                embeds = torch.cat((embeds, head.embed(tree.other_ids)))
             hidden = tree.predict(self.hidden(embeds[None], tree)[0])
-        if lengths is None:
-            return hidden
-        beyond = torch.arange(completions.shape[1], device=self.device) >= lengths[:, None]
-        return hidden.masked_fill(beyond[..., None], 0)
+        return sequences.without_beyond(hidden)
 
-    def _padded_hidden(
-        self, prompts: Sequence[Tensor], completions: Tensor, *, image: bool
-    ) -> Tensor:
+    def _padded_hidden(self, sequences: Sequences, head: Head) -> Tensor:
         """`completion_hidden` of each row for itself, right-padded to the longest."""
+        prompts, completions = sequences.prompts, sequences.completions
         lengths = torch.tensor([len(p) for p in prompts], device=self.device)
         batch, steps = completions.shape
         # The last completion token predicts nothing that is scored, so it is not fed.
         total = int(lengths.max()) + steps - 1
         prompt_ids = nn.utils.rnn.pad_sequence(list(prompts), batch_first=True)
         embeds = F.pad(self.embed_text(prompt_ids), (0, 0, 0, total - prompt_ids.shape[1]))
-        embed = self.embed_image if image else self.embed_text
         offsets = lengths[:, None] + torch.arange(steps - 1, device=self.device)
         rows = torch.arange(batch, device=self.device)[:, None]
-        embeds = embeds.index_put((rows, offsets), embed(completions[:, :-1]))
+        embeds = embeds.index_put((rows, offsets), head.embed(completions[:, :-1]))
         predict = lengths[:, None] - 1 + torch.arange(steps, device=self.device)
         return self.hidden(embeds)[rows, predict]
 
@@ -205,8 +237,10 @@ class Policy(nn.Module):
 
     def text_logprobs(self, prompt_ids: Tensor, completion_ids: Tensor) -> Tensor:
         """Log-probs of a text completion. (L,), (T,) int64 -> (T,) fp32 nats; differentiable."""
-        hidden = self.completion_hidden([prompt_ids], completion_ids[None], image=False)[0]
-        return linear_logprobs(hidden, self.lm_head.weight, completion_ids)
+        sequences = Sequences("semantic", [prompt_ids], completion_ids[None])
+        head = self.head("semantic")
+        hidden = head.features(self.completion_hidden(sequences)[0])
+        return linear_logprobs(hidden, head.weight, completion_ids, bias=head.bias)
 
     def image_logprobs(
         self, prompt_ids: Tensor, image_ids: Tensor, cfg_weight: float | None = None
@@ -222,14 +256,14 @@ class Policy(nn.Module):
         prompts, targets = [prompt_ids], image_ids[None]
         if cfg_weight is not None:
             prompts, targets = [prompt_ids, self.unconditional(prompt_ids)], targets.repeat(2, 1)
-        head = self.model.generation_head
-        features = head.features(self.completion_hidden(prompts, targets, image=True))
+        head = self.head("token")
+        features = head.features(self.completion_hidden(Sequences("token", prompts, targets)))
         mixed = features[0]
         if cfg_weight is not None:
             # The head's last layer is linear and the weights sum to one: mix before it.
             mixed = torch.lerp(features[1].float(), features[0].float(), cfg_weight)
-        weight, bias = head.vision_head.weight, head.vision_head.bias
-        return linear_logprobs(mixed.to(weight.dtype), weight, image_ids, bias=bias)
+        hidden = mixed.to(head.weight.dtype)
+        return linear_logprobs(hidden, head.weight, image_ids, bias=head.bias)
 
     @torch.no_grad()
     def decode_images(self, image_ids: Tensor) -> Tensor:

@@ -23,6 +23,13 @@ def rope_tables(config: JanusConfig, length: int, device: torch.device) -> tuple
     return angles.cos().repeat(1, 2), torch.cat((-angles.sin(), angles.sin()), -1)
 
 
+def half_tables(config: JanusConfig, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The same angles' cosines and sines, each (length, head_dim / 2) fp32, as kernels take them."""
+    cos, signed_sin = rope_tables(config, length, device)
+    half = cos.shape[1] // 2
+    return cos[:, :half].contiguous(), signed_sin[:, half:].contiguous()
+
+
 def head_dimension(config: JanusConfig) -> int:
     """Width of one attention head."""
     text = config.text_config

@@ -17,7 +17,7 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 from torch.nn.attention.bias import causal_lower_right
 
 ABSENT = -1  # past a sequence's end; sorts before every token
-IMAGE = 1 << 32  # added to image tokens, so that they equal no text id
+OWN = 1 << 32  # added to ids that are no text ids, so that they equal none
 # Shares of the work that must be spared, or the overhead of sparing it is not repaid: of a padded
 # batch's tokens by a tree, of a tree's query-key pairs by one more attention call.
 TREE_SPARES, CALL_SPARES = 0.1, 0.05
@@ -102,10 +102,10 @@ class TokenTree:
         prompts: B tensors (L_i,) int64 text ids, L_i >= 1.
         completions: (B, T) int64.
         lengths: (B,) int64 in 0 .. T, completion tokens of each row.
-        image: completions are image tokens.
+        own_ids: the completions' ids name no text tokens; see engine.model.head.
 
     Attributes:
-        text_ids, image_ids: (N_text,), (N_image,) int64 ids of the N tokens, text first.
+        text_ids, other_ids: (N_text,), (N_other,) int64 ids of the N tokens, text first.
         positions: (N,) int64, how many tokens precede each in its sequence.
         width: tokens of the longest sequence.
         predict: (B, T), the tokens whose states predict the completions'; token 0 past a row's
@@ -113,14 +113,14 @@ class TokenTree:
     """
 
     def __init__(
-        self, prompts: Sequence[Tensor], completions: Tensor, lengths: Tensor, *, image: bool
+        self, prompts: Sequence[Tensor], completions: Tensor, lengths: Tensor, *, own_ids: bool
     ) -> None:
         device = completions.device
         starts = torch.tensor([len(p) for p in prompts])
         # One copy from the device; what follows is index arithmetic on the host.
         flat = torch.cat([*prompts, completions.flatten(), lengths]).cpu()
         text, drawn, lengths = flat.split([int(starts.sum()), completions.numel(), len(prompts)])
-        drawn = drawn.view(completions.shape) + (IMAGE if image else 0)
+        drawn = drawn.view(completions.shape) + (OWN if own_ids else 0)
         # Sorted, rows that begin alike are adjacent.
         rows, row_of = _grid(text, starts, drawn, lengths).unique(dim=0, return_inverse=True)
         present = rows != ABSENT
@@ -133,15 +133,15 @@ class TokenTree:
         owner = torch.where(differs, torch.arange(count)[:, None], 0).cummax(0).values
         own = differs & present
         slots = own.flatten().nonzero()[:, 0]  # each token's place in `rows`
-        is_image = rows.flatten()[slots] >= IMAGE
-        slots = torch.cat((slots[~is_image], slots[is_image]))
+        is_own = rows.flatten()[slots] >= OWN
+        slots = torch.cat((slots[~is_own], slots[is_own]))
         number = torch.zeros(count * width, dtype=torch.int64)
         number[slots] = torch.arange(len(slots))
         tokens = number[owner * width + position]
 
         ids = rows.flatten()[slots].to(device)
-        texts = len(slots) - int(is_image.sum())
-        self.text_ids, self.image_ids = ids[:texts], ids[texts:] - IMAGE
+        texts = len(slots) - int(is_own.sum())
+        self.text_ids, self.other_ids = ids[:texts], ids[texts:] - OWN
         self.positions, self.width = (slots % width).to(device), width
         step = torch.arange(completions.shape[1])
         asked = step < lengths[:, None]
@@ -177,7 +177,7 @@ class TokenTree:
 
 
 def worthwhile_tree(
-    prompts: Sequence[Tensor], completions: Tensor, lengths: Tensor | None, *, image: bool
+    prompts: Sequence[Tensor], completions: Tensor, lengths: Tensor | None, *, own_ids: bool
 ) -> TokenTree | None:
     """The sequences' tree; None where it has about as many tokens as the padded batch."""
     batch, steps = completions.shape
@@ -185,7 +185,7 @@ def worthwhile_tree(
         return None
     if lengths is None:
         lengths = torch.full((batch,), steps, device=completions.device)
-    tree = TokenTree(prompts, completions, lengths, image=image)
+    tree = TokenTree(prompts, completions, lengths, own_ids=own_ids)
     padded = batch * (max(len(p) for p in prompts) + steps - 1)
     return tree if len(tree.positions) <= (1 - TREE_SPARES) * padded else None
 
