@@ -12,9 +12,8 @@ from pathlib import Path
 import torch
 from transformers import JanusConfig
 
-from engine.model.policy import Policy
+from engine.model.policy import Policy, trunk_shape
 from engine.model.rope import head_dimension
-from engine.rollout.prefill import kv_bytes
 from engine.settings.device import device_kind
 from engine.settings.errors import UserError
 from engine.settings.train import TrainConfig
@@ -99,7 +98,7 @@ def memory_needed(
     rollout = {
         # Two rows an image: conditional and unconditional.
         f"KV cache, {2 * images} rows of {tokens} image tokens": (
-            2 * images * tokens * kv_bytes(model, dtype)
+            2 * images * tokens * trunk_shape(model).kv_bytes(dtype)
         )
     }
     update = {}
@@ -198,7 +197,9 @@ def describe(config: TrainConfig) -> str:
     lines.append(
         row("  peak: held, and the larger of the others", [p.peak for p in plans.values()])
     )
-    each = " or ".join(f"{kv_bytes(model, d) / 1024:.1f} KiB ({n})" for n, d in COLUMNS.items())
+    each = " or ".join(
+        f"{trunk_shape(model).kv_bytes(d) / 1024:.1f} KiB ({n})" for n, d in COLUMNS.items()
+    )
     lines += ["", f"A prompt's or plan's token adds {each} to the KV cache, once for its group."]
     name, available = device_memory(config.device)
     needed = _of(config, model, counts, getattr(torch, config.dtype)).peak

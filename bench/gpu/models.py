@@ -11,9 +11,9 @@ from transformers import JanusConfig, JanusVisionConfig, JanusVQVAEConfig, Llama
 
 from bench.rollout.eager_loop import PUBLISHED_ROWS, EagerLoop
 from engine.model.policy import Policy
-from engine.rollout.decoder import StaticDecoder
-from engine.rollout.sample import IMAGE_STEP
-from engine.rollout.sampling import Sampling
+from engine.rollout.decoder import Decoder, decoder_of
+from engine.rollout.sample import image_request
+from kernels.state import Draw
 
 CFG_WEIGHT = 5.0
 
@@ -131,28 +131,12 @@ def peer_loop(policy: Policy) -> EagerLoop:
 
 def image_decoder(
     policy: Policy, distinct: Sequence[Tensor], group: int, *, seed: int, fused_head: bool = True
-) -> StaticDecoder:
+) -> Decoder:
     """A decoder of `group` images for each of the distinct prompts."""
-    owner = torch.arange(len(distinct), device=policy.device).repeat_interleave(group)
-    rows = torch.arange(len(owner), device=policy.device)
-    sampling = Sampling(
-        image=True,
-        first_step=IMAGE_STEP,
-        sample_ids=rows,
-        temperature=1.0,
-        seed=seed,
-        greedy=False,
-        cfg_weight=CFG_WEIGHT,
-    )
-    return StaticDecoder(
-        policy,
-        distinct,
-        owner,
-        rows,
-        steps=policy.image_tokens,
-        sampling=sampling,
-        fused_head=fused_head,
-    )
+    prompts = [prompt for prompt in distinct for _ in range(group)]
+    rows = torch.arange(len(prompts), device=policy.device)
+    request = image_request(policy, rows, Draw(cfg_weight=CFG_WEIGHT, seed=seed))
+    return decoder_of(policy, prompts, request, fused_head=fused_head)
 
 
 def prompts_of(policy: Policy, count: int, length: int, *, group: int = 1) -> list[Tensor]:
@@ -170,11 +154,3 @@ def weight_bytes(policy: Policy) -> int:
     model = policy.model
     read: Sequence[torch.nn.Module] = (model.language_model.layers, model.generation_head)
     return sum(p.numel() * p.element_size() for module in read for p in module.parameters())
-
-
-def kv_bytes_per_token(policy: Policy) -> int:
-    """Bytes of one token's keys and values over all layers."""
-    text = policy.config.text_config
-    head_dim = text.hidden_size // text.num_attention_heads
-    size = torch.finfo(policy.dtype).bits // 8
-    return 2 * text.num_hidden_layers * text.num_key_value_heads * head_dim * size

@@ -20,7 +20,6 @@ from bench.gpu.models import (
     Plan,
     Shape,
     image_decoder,
-    kv_bytes_per_token,
     peer_loop,
     prompts_of,
     random_policy,
@@ -153,7 +152,9 @@ class ModelCheck:
         prefixes = -(-images // group) + 1
         suffix = 2 * images * (self.policy.image_tokens + 1) / 2
         tokens = prefixes * (self.plan.prompt - 1) + suffix
-        return (weight_bytes(self.policy) + tokens * kv_bytes_per_token(self.policy)) / self.rate
+        return (
+            weight_bytes(self.policy) + tokens * self.policy.shape.kv_bytes(self.policy.dtype)
+        ) / self.rate
 
     def chunked(self, images: int) -> list[dict[str, Any]]:
         """The published loop: chunks of 32 rows, one after the other."""

@@ -16,8 +16,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench.rollout.eager_loop import EagerLoop
 from engine.model.policy import Policy
-from engine.rollout.decoder import StaticDecoder
-from engine.rollout.sampling import Sampling
+from engine.rollout.decoder import decoder_of
+from engine.rollout.sample import image_request, text_request
+from kernels.state import Draw
 
 # Ops that return new memory without touching it.
 ALLOCATIONS = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")
@@ -138,13 +139,10 @@ def launches_per_step(policy: Policy) -> dict[str, Any]:
 
 def count_step(policy: Policy, *, image: bool, run_triton: bool = False) -> LaunchCount:
     """The engine's launches in one step of two rows (text) or four (images)."""
-    device = policy.device
-    rows = torch.arange(2, device=device)
-    sampling = Sampling(
-        image=image, first_step=0, sample_ids=rows, temperature=1.0, seed=0, greedy=False
-    )
+    rows = torch.arange(2, device=policy.device)
+    request = image_request(policy, rows, Draw()) if image else text_request(rows, 2, Draw())
     with triton_on_cpu():
-        decoder = StaticDecoder(policy, _prompts(policy), rows, rows, steps=2, sampling=sampling)
+        decoder = decoder_of(policy, _prompts(policy), request)
         with counted_launches(run_triton=run_triton) as counted:
             decoder.step.launch()
     return counted

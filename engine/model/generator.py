@@ -9,7 +9,7 @@ from torch import Tensor
 
 from engine.model.head import Head, LevelName
 from engine.model.sequences import Sequences
-from engine.model.step_weights import WeightSource
+from engine.model.weight_source import WeightSource
 
 
 @dataclass(frozen=True, slots=True)

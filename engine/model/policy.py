@@ -21,8 +21,8 @@ from engine.model.image_modules import Aligner, ImageHead, picture_side
 from engine.model.layers import LanguageModel
 from engine.model.rope import half_tables, head_dimension, rope_tables
 from engine.model.sequences import Sequences
-from engine.model.step_weights import OwnWeights, WeightSource
 from engine.model.token_tree import TokenTree
+from engine.model.weight_source import OwnWeights, WeightSource
 from kernels import linear_logprobs
 
 if TYPE_CHECKING:

@@ -14,11 +14,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from engine.model.policy import Policy
-from engine.rollout.prefill import kv_bytes, prefill_prompts
-from engine.rollout.sampling import Decoded, Sampling, distinct_prompts, joined
-from engine.rollout.step import StaticStep
-from engine.rollout.step_weights import StepWeights
+from engine.model.generator import Generator
+from engine.rollout.prefill import Prepared
+from engine.rollout.request import Drawn, Prompts, Request, joined
+from engine.rollout.step import DecodeStep
 from kernels.cpu.launch import record
 from kernels.dispatch import use_triton
 from kernels.sample_step import error_place
@@ -27,49 +26,52 @@ ALIVE_EVERY = 32  # text steps between two looks at whether any row still runs, 
 FEWEST_TOGETHER = 8  # samples: fewer read the weights too often for what they save of the cache
 
 
-def decode_static(
-    policy: Policy, prompts: Sequence[Tensor], *, steps: int, sampling: Sampling
-) -> Decoded:
-    """Draw up to `steps` tokens for each of B prompts (L_i,).
+def decode(generator: Generator, prompts: Sequence[Tensor], request: Request) -> Drawn:
+    """Draw up to `request.steps` tokens for each of B prompts (L_i,).
 
     Raises: FloatingPointError naming row and step of the first bad logits.
     """
-    distinct, owner, order = distinct_prompts(prompts)
-    prepared = Prepared(policy, distinct, image=sampling.image)
-    together, parts = _together(policy, prompts, steps, sampling), []
+    rows = Prompts.of(prompts)
+    prepared = Prepared(generator, rows, request)
+    together, parts = _together(prepared, rows, request), []
     for first in range(0, len(prompts), together):
-        places = slice(first, first + together)
-        rows = order[places]
-        decoder = StaticDecoder(
-            policy,
-            distinct,
-            owner[places],
-            rows,
-            steps=steps,
-            sampling=replace(sampling, sample_ids=sampling.sample_ids[rows]),
-            prepared=prepared,
-        )
-        parts.append(decoder.decode())
-    return joined(parts, policy.pad).rows(order.argsort())
+        some = rows.rows(slice(first, first + together))
+        part = replace(request, sample_ids=request.sample_ids[some.order])
+        parts.append(Decoder(prepared, some, part).decode())
+    return joined(parts, generator.pad).rows(rows.order.argsort())
 
 
-def _together(policy: Policy, prompts: Sequence[Tensor], steps: int, sampling: Sampling) -> int:
+def decoder_of(
+    generator: Generator,
+    prompts: Sequence[Tensor],
+    request: Request,
+    *,
+    fused_head: bool | None = None,
+) -> "Decoder":
+    """A decoder of all the prompts at once; its rows are `Prompts.of(prompts)`'s."""
+    rows = Prompts.of(prompts)
+    prepared = Prepared(generator, rows, request)
+    request = replace(request, sample_ids=request.sample_ids[rows.order])
+    return Decoder(prepared, rows, request, fused_head=fused_head)
+
+
+def _together(prepared: Prepared, prompts: Prompts, request: Request) -> int:
     """Samples to decode at a time.
 
     A GPU takes all of them. A CPU reads its last level of cache several times as fast as memory:
     where the weights and some samples' keys and values fit half of it, so many.
     """
-    cache, weights = _cache_bytes(), policy.model.language_model.parameters()
-    if policy.device.type != "cpu" or cache is None:
-        return len(prompts)
-    own = steps + max(map(len, prompts))  # what a row's keys and values take, at most
-    tokens = own + steps if sampling.image else own
-    room = cache // 2 - sum(w.nbytes for w in weights)
-    fitting = room // (tokens * kv_bytes(policy.config, policy.dtype))
+    generator, count, cache = prepared.generator, len(prompts.owner), _cache_bytes()
+    if generator.device.type != "cpu" or cache is None:
+        return count
+    # What a row's keys and values take, at most.
+    tokens = request.branches * request.steps + len(prompts.longest)
+    room = cache // 2 - prepared.weights.trunk_bytes
+    fitting = room // (tokens * generator.shape.kv_bytes(generator.dtype))
     if fitting < FEWEST_TOGETHER:
-        return len(prompts)
-    parts = -(-len(prompts) // fitting)
-    return -(-len(prompts) // parts)
+        return count
+    parts = -(-count // fitting)
+    return -(-count // parts)
 
 
 @cache
@@ -82,73 +84,33 @@ def _cache_bytes() -> int | None:
         return None
 
 
-class Prepared:
-    """What decoders of the same prompts share: the weights, and the prompts' keys and values.
-
-    Args:
-        policy: the policy.
-        distinct: U tensors (L_i,) int64: the prompts, each once.
-        image: image tokens are drawn, else text.
-
-    Attributes:
-        weights: for a step.
-        prefixes: keys and values (layers, U or U + 1, Hkv, P, head_dim): see `prefill_prompts`.
-    """
-
-    @torch.no_grad()
-    def __init__(self, policy: Policy, distinct: Sequence[Tensor], *, image: bool) -> None:
-        self.weights = StepWeights(policy, image=image)
-        self.prefixes = prefill_prompts(policy, distinct, image=image)
-
-
-class StaticDecoder:
+class Decoder:
     """Decodes some rows; their cache, buffers and graph are released with it.
 
     Args:
-        policy: the policy.
-        distinct: U tensors (L_i,) int64: the prompts, each once.
-        owner: (B,) int64, ascending: the prompt of each row.
-        names: (B,) what an error calls each row.
-        steps: tokens to draw, at most.
-        sampling: how.
-        fused_head: see StaticStep; None: on CUDA.
-        prepared: for these prompts; None: to be made.
+        prepared: for these prompts.
+        prompts: the rows'.
+        request: what to draw; sample_ids are those of the rows.
+        fused_head: see DecodeStep; None: on CUDA.
+    Raises: ValueError where the weights have changed since they were prepared.
     """
 
     @torch.no_grad()
     def __init__(
         self,
-        policy: Policy,
-        distinct: Sequence[Tensor],
-        owner: Tensor,
-        names: Tensor,
+        prepared: Prepared,
+        prompts: Prompts,
+        request: Request,
         *,
-        steps: int,
-        sampling: Sampling,
         fused_head: bool | None = None,
-        prepared: Prepared | None = None,
     ) -> None:
-        self.eos, self.names, self.steps = policy.eos, names, steps
-        last = torch.stack([p[-1] for p in distinct])[owner]
-        lengths = torch.tensor([len(p) - 1 for p in distinct], device=owner.device)[owner]
-        if prepared is None:
-            prepared = Prepared(policy, distinct, image=sampling.image)
-        if sampling.image:
-            owner = torch.cat((owner, torch.full_like(owner, len(distinct))))
-            lengths = lengths.repeat(2)
-        self.step = StaticStep(
-            policy,
-            prepared.weights,
-            owner,
-            lengths,
-            *prepared.prefixes,
-            last,
-            steps=steps,
-            sampling=sampling,
-            fused_head=use_triton(owner) if fused_head is None else fused_head,
-        )
+        if prepared.weights.version != prepared.generator.weights.version:
+            raise ValueError("prepared: the weights have changed since; prepare them anew")
+        self.names, self.steps = prompts.order, request.steps
+        fused = use_triton(prompts.owner) if fused_head is None else fused_head
+        self.step = DecodeStep(prepared, prompts, request, fused_head=fused)
 
-    def decode(self, *, capture: bool = True) -> Decoded:
+    def decode(self, *, capture: bool = True) -> Drawn:
         """Draw the tokens.
 
         Args:
@@ -156,14 +118,14 @@ class StaticDecoder:
                 comparison.
         Raises: FloatingPointError naming row and step of the first bad logits.
         """
-        advance, alive = self.start(capture=capture), self.step.alive
+        advance, alive = self.start(capture=capture), self.step.state.alive
         every = 1 if self.step.in_c else ALIVE_EVERY
         for step in range(1, self.steps):
             if alive is not None and step % every == 0 and not alive.any():
                 break
             advance()
         # A GPU's one host sync, but for text's looks at alive.
-        place = error_place(self.step.error, len(self.names))
+        place = error_place(self.step.state.error, len(self.names))
         if place is not None:
             row, at = int(self.names[place[0]]), place[1]
             raise FloatingPointError(f"logits of row {row} at step {at} are not finite")
@@ -198,14 +160,15 @@ class StaticDecoder:
         caller.wait_stream(stream)
         return graph.replay
 
-    def _result(self) -> Decoded:
-        step = self.step
-        mask, used = torch.ones_like(step.tokens, dtype=torch.bool), self.steps
-        if step.alive is not None:
-            ends = step.tokens == self.eos
+    def _result(self) -> Drawn:
+        state = self.step.state
+        assert state.logprobs is not None and state.guided_logprobs is not None
+        mask, used = torch.ones_like(state.tokens, dtype=torch.bool), self.steps
+        if state.alive is not None:
+            ends = state.tokens == state.eos
             mask = ends.cumsum(1) - ends.long() == 0  # no end before
             used = int(mask.sum(1).max())
-        drawn = Decoded(step.tokens, step.logprobs, step.guided_logprobs, mask)
+        drawn = Drawn(state.tokens, state.logprobs, state.guided_logprobs, mask)
         return drawn.columns(used)
 
 

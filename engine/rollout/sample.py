@@ -5,18 +5,16 @@ batch changes nothing but floating-point rounding.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from engine.model.policy import Policy
-from engine.rollout.decoder import decode_static
-from engine.rollout.eager import decode_eager
-from engine.rollout.sampling import Decoded, Sampling
-from engine.rollout.step import has_c_ops
+from engine.model.generator import Generator
+from engine.rollout.decoder import decode
+from engine.rollout.request import Request
 from engine.settings.errors import UserError
-from kernels.dispatch import use_triton
+from kernels.state import Draw
 
 # Text and image draws of one sample must not share noise: image steps are numbered from here.
 IMAGE_STEP = 1 << 20
@@ -52,7 +50,9 @@ class ImageRollout:
     guided_logprobs: Tensor
 
 
-def _check(policy: Policy, prompts: Sequence[Tensor], new_tokens: int, temperature: float) -> None:
+def _check(
+    generator: Generator, prompts: Sequence[Tensor], new_tokens: int, temperature: float
+) -> None:
     if not prompts:
         raise UserError("prompts: wanted at least one, got none")
     if not temperature > 0:
@@ -60,10 +60,10 @@ def _check(policy: Policy, prompts: Sequence[Tensor], new_tokens: int, temperatu
     for i, prompt in enumerate(prompts):
         if len(prompt) < 2:
             raise UserError(f"prompt {i}: wanted at least 2 tokens, got {len(prompt)}")
-        if len(prompt) + new_tokens > policy.context_length:
+        if len(prompt) + new_tokens > generator.context_length:
             raise UserError(
                 f"prompt {i}: {len(prompt)} tokens and {new_tokens} to generate exceed the "
-                f"model's context of {policy.context_length}"
+                f"model's context of {generator.context_length}"
             )
 
 
@@ -74,15 +74,27 @@ def _sample_ids(given: Tensor | None, count: int, device: torch.device) -> Tenso
     return ids
 
 
-def _decode(policy: Policy, prompts: Sequence[Tensor], steps: int, sampling: Sampling) -> Decoded:
-    static = use_triton(policy.lm_head.weight) or has_c_ops(policy)
-    decode = decode_static if static else decode_eager
-    return decode(policy, prompts, steps=steps, sampling=sampling)
+def text_request(sample_ids: Tensor, max_new_tokens: int, draw: Draw) -> Request:
+    """A completion in text for each of (B,) int64 sample ids."""
+    return Request(
+        level="semantic", steps=max_new_tokens, guided=False, sample_ids=sample_ids, draw=draw
+    )
+
+
+def image_request(generator: Generator, sample_ids: Tensor, draw: Draw) -> Request:
+    """A picture under guidance for each of (B,) int64 sample ids."""
+    return Request(
+        level="token",
+        steps=generator.image_tokens,
+        guided=True,
+        sample_ids=sample_ids,
+        draw=replace(draw, first_step=IMAGE_STEP),
+    )
 
 
 @torch.no_grad()
 def sample_text(
-    policy: Policy,
+    generator: Generator,
     prompts: Sequence[Tensor],
     *,
     max_new_tokens: int,
@@ -94,28 +106,22 @@ def sample_text(
     """Sample a text completion for each prompt until end-of-sequence or max_new_tokens.
 
     Args:
-        policy: the policy.
+        policy: the generator.
         prompts: B tensors (L_i,) int64; equal prompts share their prefix in the cache.
         sample_ids: (B,) int64 identities for the noise; None: 0 .. B - 1.
     Raises: UserError naming the prompt that does not fit the context; FloatingPointError naming
         row and step of non-finite logits.
     """
-    _check(policy, prompts, max_new_tokens, temperature)
-    sampling = Sampling(
-        image=False,
-        first_step=0,
-        sample_ids=_sample_ids(sample_ids, len(prompts), policy.device),
-        temperature=temperature,
-        seed=seed,
-        greedy=greedy,
-    )
-    drawn = _decode(policy, prompts, max_new_tokens, sampling)
+    _check(generator, prompts, max_new_tokens, temperature)
+    ids = _sample_ids(sample_ids, len(prompts), generator.device)
+    draw = Draw(temperature=temperature, seed=seed, greedy=greedy)
+    drawn = decode(generator, prompts, text_request(ids, max_new_tokens, draw))
     return TextRollout(drawn.ids, drawn.mask, drawn.logprobs)
 
 
 @torch.no_grad()
 def sample_images(
-    policy: Policy,
+    generator: Generator,
     prompts: Sequence[Tensor],
     *,
     cfg_weight: float = 5.0,
@@ -129,7 +135,7 @@ def sample_images(
     """Sample the image tokens of each prompt under guidance.
 
     Args:
-        policy: the policy.
+        policy: the generator.
         prompts: B tensors (L_i,) int64, each ending with image-start.
         cfg_weight: guidance weight; the unconditional prompt is [BOS, pad, ..., image-start] of
             the same length.
@@ -137,17 +143,15 @@ def sample_images(
     Raises: UserError naming the prompt that does not fit the context; FloatingPointError naming
         row and step of non-finite logits.
     """
-    _check(policy, prompts, policy.image_tokens, temperature)
-    sampling = Sampling(
-        image=True,
-        first_step=IMAGE_STEP,
-        sample_ids=_sample_ids(sample_ids, len(prompts), policy.device),
+    _check(generator, prompts, generator.image_tokens, temperature)
+    draw = Draw(
+        cfg_weight=cfg_weight,
         temperature=temperature,
         seed=seed,
-        greedy=greedy,
-        cfg_weight=cfg_weight,
         top_k=top_k,
         top_p=top_p,
+        greedy=greedy,
     )
-    drawn = _decode(policy, prompts, policy.image_tokens, sampling)
+    ids = _sample_ids(sample_ids, len(prompts), generator.device)
+    drawn = decode(generator, prompts, image_request(generator, ids, draw))
     return ImageRollout(drawn.ids, drawn.logprobs, drawn.guided_logprobs)

@@ -1,20 +1,23 @@
-"""A policy's weights as a decode step takes them."""
+"""A model's weights as the launches of a decode step: whatever source they come from."""
 
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
-from torch import Tensor, nn
+import torch.nn.functional as F
+from torch import Tensor
 
-from engine.model.policy import Policy
-from engine.rollout.packed_linear import packed
+from engine.model.head import Head
+from engine.model.weight_source import LayerWeights, LinearWeights, NormWeights, WeightSource
 from kernels.cpu.linear import PanelLinear
 from kernels.dispatch import use_c
+from kernels.rms_norm import rms_norm
+from kernels.swiglu import swiglu
 
 
 @dataclass(frozen=True, slots=True)
 class _Linear:
-    weight: Tensor  # (in, out), a view of the parameter
+    weight: Tensor  # (in, out), a view of the source's
     bias: Tensor | None
 
     def into(self, out: Tensor, x: Tensor, *, gelu: bool = False) -> None:
@@ -26,64 +29,115 @@ class _Linear:
             torch.ops.aten.gelu_(out)
 
 
-@torch.no_grad()
-def _linear(*modules: nn.Linear) -> _Linear | PanelLinear:
-    weight, bias = packed(*modules)
-    return PanelLinear(weight, bias) if use_c(weight) else _Linear(weight.t(), bias)
+def _linear(weights: LinearWeights) -> _Linear | PanelLinear:
+    if use_c(weights.weight):
+        return PanelLinear(weights.weight, weights.bias)
+    return _Linear(weights.weight.detach().t(), weights.bias)
 
 
 @dataclass(frozen=True, slots=True)
-class LayerWeights:
-    """One layer's; projections of the same input are one product."""
+class _RMSNorm:
+    weight: Tensor
+    eps: float
+    in_c = True  # where the C ops are
 
-    norm1: Tensor
-    qkv: _Linear | PanelLinear
-    out: _Linear | PanelLinear
-    norm2: Tensor
-    gate_up: _Linear | PanelLinear
-    down: _Linear | PanelLinear
+    def into(self, out: Tensor, x: Tensor) -> None:
+        """out = norm(x)."""
+        rms_norm(x, self.weight, self.eps, out=out)
+
+    def add_into(self, out: Tensor, total: Tensor, delta: Tensor, residual: Tensor) -> None:
+        """total = residual + delta; out = norm(total)."""
+        rms_norm(delta, self.weight, self.eps, residual=residual, out=out, residual_out=total)
+
+
+@dataclass(frozen=True, slots=True)
+class _LayerNorm:
+    weight: Tensor
+    bias: Tensor | None
+    eps: float
+    in_c = False
+
+    def into(self, out: Tensor, x: Tensor) -> None:
+        out.copy_(F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps))
+
+    def add_into(self, out: Tensor, total: Tensor, delta: Tensor, residual: Tensor) -> None:
+        torch.add(residual, delta, out=total)
+        self.into(out, total)
+
+
+def _norm(weights: NormWeights) -> _RMSNorm | _LayerNorm:
+    weight = weights.weight.detach()
+    if weights.kind == "rms":
+        return _RMSNorm(weight, weights.eps)
+    return _LayerNorm(weight, weights.bias, weights.eps)
+
+
+class StepLayer:
+    """One layer's launches; projections of the same input are one product.
+
+    Attributes:
+        inner: width between the feed-forward's products.
+        gated: SwiGLU between them, else GELU.
+    """
+
+    def __init__(self, weights: LayerWeights) -> None:
+        self.norm1, self.norm2 = _norm(weights.norm1), _norm(weights.norm2)
+        self.qkv, self.out = _linear(weights.qkv), _linear(weights.out)
+        self.up, self.down = _linear(weights.up), _linear(weights.down)
+        self.gated = weights.activation == "swiglu"
+        self.inner = weights.down.weight.shape[1]
+
+    def feed_forward(self, out: Tensor, x: Tensor, wide: Tensor, activated: Tensor) -> None:
+        """out = down(activation(up(x))); wide and activated are what lies between.
+
+        Args:
+            wide: (R, 2 * inner), not used without a gate; activated: (R, inner).
+        """
+        if self.gated:
+            self.up.into(wide, x)
+            swiglu(wide, out=activated)
+        else:
+            self.up.into(activated, x, gelu=True)
+        self.down.into(out, activated)
 
 
 class StepWeights:
-    """The trunk's layers and one head.
+    """The trunk's layers and one head, as they are now.
 
-    On CUDA they are the policy's own, read where they are; on a CPU with the C ops the linears are
-    copies, laid out for it, of the weights as they are now.
+    On CUDA the linears are the source's tensors, read where they are; on a CPU with the C ops they
+    are copies, laid out for it.
 
     Args:
-        policy: the policy.
-        image: the image head and the image tokens' embeddings, else those of text.
+        source: of the trunk's weights.
+        head: of the tokens drawn.
 
     Attributes:
-        layers: the layers.
-        norm: weight of the last norm; eps: of every norm.
-        features: the image head's first layer, which its GELU follows; None for text.
-        last: the head's last layer; logits: the same as a product, made when first used.
-        table: (V, D) embeddings of the tokens drawn.
+        version: the source's, when it was read.
+        trunk_bytes: of the trunk's weights.
+        layers, norm: the trunk's.
+        inner: the head's inner layer, which its GELU follows; None without one.
+        head: the head; logits: its last layer as a product, made when first used.
     """
 
-    def __init__(self, policy: Policy, *, image: bool) -> None:
-        trunk = policy.model.language_model
-        self.layers = [
-            LayerWeights(
-                layer.input_layernorm.weight,
-                _linear(layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj),
-                _linear(layer.self_attn.o_proj),
-                layer.post_attention_layernorm.weight,
-                _linear(layer.mlp.gate_proj, layer.mlp.up_proj),
-                _linear(layer.mlp.down_proj),
-            )
-            for layer in trunk.layers
-        ]
-        self.norm, self.eps = trunk.norm.weight, trunk.norm.eps
-        self.features: _Linear | PanelLinear | None = None
-        if image:
-            head = policy.model.generation_head
-            self.features, self.last = _linear(head.proj_out), head.vision_head
-            self.table = policy.image_table()
-        else:
-            self.last, self.table = policy.lm_head, trunk.embed_tokens.weight
+    @torch.no_grad()
+    def __init__(self, source: WeightSource, head: Head) -> None:
+        self.version = source.version
+        self.layers, self.trunk_bytes = [], 0
+        for layer in source.layers():
+            self.layers.append(StepLayer(layer))
+            self.trunk_bytes += layer.nbytes
+        self.norm, self.head = _norm(source.norm()), head
+        self.inner: _Linear | PanelLinear | None = None
+        if head.inner is not None:
+            self.inner = _linear(LinearWeights(head.inner.weight, head.inner.bias))
 
     @cached_property
     def logits(self) -> _Linear | PanelLinear:
-        return _linear(self.last)
+        with torch.no_grad():
+            return _linear(LinearWeights(self.head.weight, self.head.bias))
+
+    @property
+    def all_in_c(self) -> bool:
+        """Whether every launch is a C op, where there are C ops."""
+        norms = [self.norm, *(norm for layer in self.layers for norm in (layer.norm1, layer.norm2))]
+        return all(norm.in_c for norm in norms)

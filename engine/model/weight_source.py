@@ -54,6 +54,13 @@ class LayerWeights:
     down: LinearWeights
     activation: Literal["swiglu", "gelu"] = "swiglu"
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the linear layers."""
+        linears = (self.qkv, self.out, self.up, self.down)
+        biases = [linear.bias for linear in linears if linear.bias is not None]
+        return sum(w.nbytes for w in (*(linear.weight for linear in linears), *biases))
+
 
 class WeightSource(Protocol):
     """The trunk's weights as they are now. A rollout asks for all of them at its beginning."""
@@ -64,7 +71,7 @@ class WeightSource(Protocol):
         ...
 
     def layers(self) -> Iterator[LayerWeights]:
-        """The layers in order. Tensors may be overwritten when the next layer is asked for."""
+        """The layers in order."""
         ...
 
     def norm(self) -> NormWeights:
