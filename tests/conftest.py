@@ -117,9 +117,9 @@ def interpreter(monkeypatch) -> None:
 
 @pytest.fixture(params=["C", "PyTorch"])
 def decoder(request, monkeypatch) -> str:
-    """CPU rollouts take the C ops, then eager PyTorch."""
+    """CPU rollouts take the C ops, then the ops' PyTorch paths."""
     if request.param == "PyTorch":
-        monkeypatch.setattr("engine.rollout.sample.has_c_ops", lambda policy: False)
+        monkeypatch.setattr("kernels.cpu.build.library", lambda: None)
     elif library() is None:
         pytest.skip("the C ops cannot be compiled here")
     return request.param

@@ -7,7 +7,6 @@ right-padded, which a causal model cannot see, or packed (engine/model/token_tre
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -21,13 +20,10 @@ from engine.model.image_modules import Aligner, ImageHead, picture_side
 from engine.model.layers import LanguageModel
 from engine.model.rope import half_tables, head_dimension, rope_tables
 from engine.model.sequences import Sequences
+from engine.model.source import Checkpoint
 from engine.model.token_tree import TokenTree
 from engine.model.weight_source import OwnWeights, WeightSource
 from kernels import linear_logprobs
-
-if TYPE_CHECKING:
-    from engine.model.source import Checkpoint
-
 
 PREFILL_TOKENS = 512  # prefilled together: few enough for their activations to stay in cache
 DECODED_PIXELS = 16 * 384**2  # at a time

@@ -17,7 +17,7 @@ from engine import memory as plan
 from engine import train
 from engine.policy import load_policy
 from engine.rollout import sample_images
-from engine.rollout.step import StaticStep
+from engine.rollout.step import DecodeStep
 from engine.settings.errors import UserError
 from engine.settings.train import TrainConfig
 from engine.weights.read import read_config
@@ -102,7 +102,7 @@ def test_memory_of_the_published_models(published):
     counts = plan.count_weights(model)
     memory = plan.memory_needed(model, counts, config, torch.bfloat16, "cuda")
     each_token = {"1b": 196_608, "7b": 491_520}[size]  # research/rollout.md
-    assert plan.kv_bytes(model, torch.bfloat16) == each_token
+    assert plan.trunk_shape(model).kv_bytes(torch.bfloat16) == each_token
     assert list(memory.rollout.values()) == [16 * 576 * each_token]
     assert memory.held["weights"] == 2 * counts.policy
     assert memory.held["reference copy"] == memory.held["gradients"] == 2 * counts.language_model
@@ -123,7 +123,10 @@ def test_plan_prints_counts_and_memory_without_weights(published, capsys):
     assert {"1b": "1,652,656,128", "7b": "6,910,365,696"}[size] in text
     for word in ("KV cache, 128 rows of 576", "reference copy", "Adam", "gradients", "on cpu"):
         assert word in text
-    assert f"{plan.kv_bytes(read_config(folder), torch.bfloat16) / 1024:.1f} KiB (16-bit)" in text
+    assert (
+        f"{plan.trunk_shape(read_config(folder)).kv_bytes(torch.bfloat16) / 1024:.1f} KiB (16-bit)"
+        in text
+    )
     assert not list(folder.glob("*.safetensors")) and not Path("runs").exists()
 
 
@@ -164,17 +167,16 @@ def test_device_memory():
 def test_kv_cache_and_chunk_are_what_is_allocated(pair, make_prompts, monkeypatch):
     _, policy = pair()
     made = []
-    allocate = StaticStep._allocate
+    allocate = DecodeStep._allocate
 
     def counted(self, *args):
         allocate(self, *args)
         made.append(self.suffix.nbytes)  # keys and values of all layers
 
-    monkeypatch.setattr(StaticStep, "_allocate", counted)
-    monkeypatch.setattr("engine.rollout.sample.has_c_ops", lambda policy: True)
+    monkeypatch.setattr(DecodeStep, "_allocate", counted)
     prompts = make_prompts(9) * 4  # they share their prefix: rows hold image tokens only
     sample_images(policy, prompts)
-    assert sum(made) == 2 * 4 * 16 * plan.kv_bytes(policy.config, torch.float32)
+    assert sum(made) == 2 * 4 * 16 * policy.shape.kv_bytes(torch.float32)
 
     config = TrainConfig(prompts_per_step=2, num_generations=2)
     counts = plan.count_weights(policy.config)

@@ -1,7 +1,8 @@
-"""The static decode step: token by token the CPU path's, few launches, no host in the loop.
+"""The one decoder: token by token what full forwards draw, few launches, no host in the loop.
 
-The sequence of launches is run with the ops' PyTorch paths over every kind of batch, and with the
-Triton kernels (interpreted where there is no GPU) at the smallest shapes.
+The sequence of launches is run with the C ops and the ops' PyTorch paths over every kind of batch,
+and with the Triton kernels (interpreted where there is no GPU) at the smallest shapes. What it is
+compared with is plain: a whole forward of one row for every token.
 """
 
 import dataclasses
@@ -13,12 +14,13 @@ from transformers import JanusConfig, JanusVisionConfig, JanusVQVAEConfig, Llama
 from bench.rollout.launches import count_loop_step, count_step, launches_per_step
 from engine.model.policy import Policy
 from engine.rollout import sample_images, sample_text
-from engine.rollout.decoder import StaticDecoder
-from engine.rollout.sample import IMAGE_STEP
-from engine.rollout.sampling import Sampling, distinct_prompts
-from engine.rollout.step import StaticStep
-from kernels.cpu.build import library
+from engine.rollout.decoder import Decoder, decoder_of
+from engine.rollout.request import Prompts
+from engine.rollout.sample import IMAGE_STEP, ImageRollout, TextRollout, image_request, text_request
+from engine.rollout.step import DecodeStep
+from kernels import cfg_sample
 from kernels.cpu.launch import Launches
+from kernels.state import Draw
 
 # Prompt lengths of a batch; equal numbers are the same prompt.
 BATCHES = {
@@ -29,27 +31,62 @@ BATCHES = {
 }
 
 
-def image_sampling(ids, **options):
-    settings = {"seed": 3, "temperature": 1.0, "greedy": False, "cfg_weight": 5.0} | options
-    return Sampling(image=True, first_step=IMAGE_STEP, sample_ids=ids, **settings)
+@torch.no_grad()
+def next_draw(policy, level, prompt, ids, **draw):
+    """Token, log-prob and guided log-prob after `ids`, by a whole forward of the row's branches."""
+    head = policy.head(level)
+    prompts = [prompt] if level == "semantic" else [prompt, policy.unconditional(prompt)]
+    embeds = policy.embed_text(torch.stack(prompts))
+    if len(ids):
+        embeds = torch.cat((embeds, head.embed(ids).expand(len(prompts), -1, -1)), 1)
+    features = head.features(policy.hidden(embeds)[:, -1])
+    cond, *uncond = (features.float() @ head.weight.float().t()).split(1)
+    if head.bias is not None:
+        cond, uncond = cond + head.bias, [u + head.bias for u in uncond]
+    return cfg_sample(cond, uncond[0] if uncond else None, step=draw.pop("step") + len(ids), **draw)
+
+
+def plain_rollout(policy, level, prompts, steps, **draw):
+    """Rows of (ids, logprobs, guided), each until the end of its sequence."""
+    draw = {"cfg_weight": 1.0, "temperature": 1.0, "seed": 0} | draw
+    eos, rows = policy.head(level).eos, []
+    for row, prompt in enumerate(prompts):
+        ids, logprobs = torch.empty(0, dtype=torch.int64), []
+        while len(ids) < steps and not (len(ids) and eos is not None and int(ids[-1]) == eos):
+            sample = torch.tensor([row])
+            drawn = next_draw(policy, level, prompt, ids, sample_ids=sample, **draw)
+            ids = torch.cat((ids, drawn[0]))
+            logprobs.append(torch.cat(drawn[1:]))
+        rows.append((ids, *torch.stack(logprobs).t()))
+    return rows
+
+
+def plain_images(policy, prompts, **draw):
+    draw = {"cfg_weight": 5.0, "seed": 3} | draw
+    rows = plain_rollout(policy, "token", prompts, policy.image_tokens, step=IMAGE_STEP, **draw)
+    return ImageRollout(*(torch.stack(fields) for fields in zip(*rows, strict=True)))
+
+
+def plain_text(policy, prompts, steps, **draw):
+    rows = plain_rollout(policy, "semantic", prompts, steps, step=0, **draw)
+    width = max(len(ids) for ids, *_ in rows)
+    pad = torch.nn.functional.pad
+    return TextRollout(
+        torch.stack([pad(ids, (0, width - len(ids)), value=policy.pad) for ids, *_ in rows]),
+        torch.stack([torch.arange(width) < len(ids) for ids, *_ in rows]),
+        torch.stack([pad(logprobs, (0, width - len(logprobs))) for _, logprobs, _ in rows]),
+    )
 
 
 def decode_images(policy, prompts, **options):
     """ids, logprobs, guided_logprobs in the prompts' order."""
     fused_head = options.pop("fused_head", None)
-    distinct, owner, order = distinct_prompts(prompts)
-    decoder = StaticDecoder(
-        policy,
-        distinct,
-        owner,
-        order,
-        steps=policy.image_tokens,
-        sampling=image_sampling(order, **options),
-        fused_head=fused_head,
-    )
-    drawn, back = decoder.decode(), order.argsort()
+    draw = Draw(**({"seed": 3, "cfg_weight": 5.0} | options))
+    request = image_request(policy, torch.arange(len(prompts)), draw)
+    decoder = decoder_of(policy, prompts, request, fused_head=fused_head)
+    drawn = decoder.decode().rows(Prompts.of(prompts).order.argsort())
     assert drawn.mask.all()
-    return drawn.ids[back], drawn.logprobs[back], drawn.guided_logprobs[back]
+    return drawn.ids, drawn.logprobs, drawn.guided_logprobs
 
 
 def assert_same_rollout(got, rollout):
@@ -60,13 +97,10 @@ def assert_same_rollout(got, rollout):
 
 
 def decode_text(policy, prompts, steps, seed):
-    distinct, owner, order = distinct_prompts(prompts)
-    sampling = Sampling(
-        image=False, first_step=0, sample_ids=order, temperature=1.0, seed=seed, greedy=False
-    )
-    decoder = StaticDecoder(policy, distinct, owner, order, steps=steps, sampling=sampling)
-    drawn, back = decoder.decode(), order.argsort()
-    return drawn.ids[back], drawn.mask[back], drawn.logprobs[back]
+    request = text_request(torch.arange(len(prompts)), steps, Draw(seed=seed))
+    drawn = decoder_of(policy, prompts, request).decode()
+    drawn = drawn.rows(Prompts.of(prompts).order.argsort())
+    return drawn.ids, drawn.mask, drawn.logprobs
 
 
 def assert_same_text(got, rollout):
@@ -78,33 +112,17 @@ def assert_same_text(got, rollout):
 # The launches on a CPU
 
 
-@pytest.fixture(params=["C", "PyTorch"])
-def ops(request, monkeypatch) -> str:
-    """The ops take C, recorded and replayed, then PyTorch."""
-    if request.param == "PyTorch":
-        monkeypatch.setattr("kernels.cpu.build.library", lambda: None)
-    elif library() is None:
-        pytest.skip("the C ops cannot be compiled here")
-    return request.param
-
-
-@pytest.fixture(autouse=True)
-def eager_rollouts(monkeypatch) -> None:
-    """What is compared with comes from engine/rollout/eager.py."""
-    monkeypatch.setattr("engine.rollout.sample.has_c_ops", lambda policy: False)
-
-
-@pytest.mark.usefixtures("ops")
+@pytest.mark.usefixtures("decoder")
 @pytest.mark.parametrize("kv_heads", [4, 2])
 @pytest.mark.parametrize("lengths", BATCHES.values(), ids=BATCHES.keys())
-def test_images_equal_the_cpu_path(pair, make_prompts, lengths, kv_heads):
+def test_images_equal_full_forwards(pair, make_prompts, lengths, kv_heads):
     _, policy = pair(kv_heads)
     prompts = [make_prompts(n)[0] for n in lengths]
     got = decode_images(policy, prompts)
-    assert_same_rollout(got, sample_images(policy, prompts, cfg_weight=5.0, seed=3))
+    assert_same_rollout(got, plain_images(policy, prompts))
 
 
-@pytest.mark.usefixtures("ops")
+@pytest.mark.usefixtures("decoder")
 @pytest.mark.parametrize(
     "options",
     [
@@ -116,66 +134,65 @@ def test_images_equal_the_cpu_path(pair, make_prompts, lengths, kv_heads):
     ],
     ids=str,
 )
-def test_sampling_options_equal_the_cpu_path(pair, make_prompts, options):
+def test_sampling_options_equal_full_forwards(pair, make_prompts, options):
     _, policy = pair()
     prompts = make_prompts(7, 12)
     got = decode_images(policy, prompts, **options)
-    options = {"cfg_weight": 5.0, "seed": 3} | options
-    options.pop("fused_head", None)
-    assert_same_rollout(got, sample_images(policy, prompts, **options))
+    options = {k: v for k, v in options.items() if k != "fused_head"}
+    assert_same_rollout(got, plain_images(policy, prompts, **options))
 
 
-@pytest.mark.usefixtures("ops")
+@pytest.mark.usefixtures("decoder")
 @pytest.mark.parametrize("kv_heads", [4, 2])
-def test_text_equals_the_cpu_path_and_ends_row_by_row(
+def test_text_equals_full_forwards_and_ends_row_by_row(
     new_policy, make_prompts, monkeypatch, kv_heads
 ):
     monkeypatch.setattr("engine.rollout.decoder.ALIVE_EVERY", 4)
     policy = new_policy(kv_heads)
     prompts = make_prompts(6, 10, 8, 8)
     policy.eos = -1  # nothing ends
-    free = sample_text(policy, prompts, max_new_tokens=12, seed=2)
+    free = plain_text(policy, prompts, 12, seed=2)
     assert_same_text(decode_text(policy, prompts, 12, 2), free)
     lengths = set()
     for row, step in ((0, 3), (1, 5)):
         policy.eos = int(free.ids[row, step])
-        rollout = sample_text(policy, prompts, max_new_tokens=12, seed=2)
+        rollout = plain_text(policy, prompts, 12, seed=2)
         lengths |= set(rollout.mask.sum(1).tolist())
         assert_same_text(decode_text(policy, prompts, 12, 2), rollout)
     assert len(lengths) > 2
 
 
-def test_text_stops_soon_after_its_last_row(new_policy, make_prompts, monkeypatch, ops):
+def test_text_stops_soon_after_its_last_row(new_policy, make_prompts, monkeypatch, decoder):
     monkeypatch.setattr("engine.rollout.decoder.ALIVE_EVERY", 4)
     policy = new_policy()
     prompts = make_prompts(6)
     policy.eos = -1
-    policy.eos = int(sample_text(policy, prompts, max_new_tokens=4, seed=2).ids[0, 2])
-    rollout = sample_text(policy, prompts, max_new_tokens=50, seed=2)
-    steps, launch, replay = [], StaticStep.launch, Launches.run
-    monkeypatch.setattr(StaticStep, "launch", lambda self: (steps.append("launch"), launch(self)))
+    policy.eos = int(plain_text(policy, prompts, 4, seed=2).ids[0, 2])
+    rollout = plain_text(policy, prompts, 50, seed=2)
+    steps, launch, replay = [], DecodeStep.launch, Launches.run
+    monkeypatch.setattr(DecodeStep, "launch", lambda self: (steps.append("launch"), launch(self)))
     monkeypatch.setattr(Launches, "run", lambda self: (steps.append("replay"), replay(self)))
     assert_same_text(decode_text(policy, prompts, 50, 2), rollout)
     used = rollout.ids.shape[1]
     assert used <= 3
-    assert steps == (["launch"] + ["replay"] * (used - 1) if ops == "C" else ["launch"] * 4)
+    assert steps == (["launch"] + ["replay"] * (used - 1) if decoder == "C" else ["launch"] * 4)
 
 
-@pytest.mark.usefixtures("ops")
+@pytest.mark.usefixtures("decoder")
 def test_pad_that_is_end_of_sequence(new_policy, make_prompts):
     policy = new_policy()
     prompts = make_prompts(6, 10)
     policy.eos = -1
-    policy.eos = policy.pad = int(sample_text(policy, prompts, max_new_tokens=9).ids[0, 3])
-    rollout = sample_text(policy, prompts, max_new_tokens=9)
+    policy.eos = policy.pad = int(plain_text(policy, prompts, 9).ids[0, 3])
+    rollout = plain_text(policy, prompts, 9)
     assert_same_text(decode_text(policy, prompts, 9, 0), rollout)
 
 
-@pytest.mark.usefixtures("ops")
+@pytest.mark.usefixtures("decoder")
 def test_bad_logits_name_row_and_step(new_policy, make_prompts):
     policy = new_policy()
     prompts = make_prompts(7, 9, 7)
-    reached = sample_text(policy, prompts, max_new_tokens=8, seed=1)
+    reached = plain_text(policy, prompts, 8, seed=1)
     # A token that row 1 alone draws, at step 2 first: its embedding spoils step 3.
     token = int(reached.ids[1, 2])
     policy.model.language_model.embed_tokens.weight.data[token] = torch.nan
@@ -187,7 +204,7 @@ def test_bad_logits_name_row_and_step(new_policy, make_prompts):
         decode_images(policy, prompts)
 
 
-@pytest.mark.usefixtures("ops")
+@pytest.mark.usefixtures("decoder")
 def test_uninitialised_memory_is_never_read(pair, make_prompts, monkeypatch):
     _, policy = pair(2)
     prompts = make_prompts(7, 11, 5)
@@ -245,9 +262,9 @@ def tiny_prompts(device, *lengths):
 
 
 @pytest.mark.parametrize(("kv_heads", "lengths"), [(2, (5, 3, 5)), (1, (4, 6))])
-def test_kernels_draw_the_cpu_path_s_images(request, device, kv_heads, lengths):
+def test_kernels_draw_plain_images(request, device, kv_heads, lengths):
     policy = tiny_policy(kv_heads)
-    expected = sample_images(policy, tiny_prompts("cpu", *lengths), seed=3)
+    expected = plain_images(policy, tiny_prompts("cpu", *lengths))
     assert len(set(map(tuple, expected.ids.tolist()))) == len(lengths)
     request.getfixturevalue("interpreter")
     policy = policy.to(device)
@@ -256,13 +273,13 @@ def test_kernels_draw_the_cpu_path_s_images(request, device, kv_heads, lengths):
     assert_same_rollout(fields, expected)
 
 
-def test_kernels_draw_the_cpu_path_s_text(request, device):
+def test_kernels_draw_plain_text(request, device):
     policy = tiny_policy()
     prompts = tiny_prompts("cpu", 4, 6, 3)
     policy.eos = -1
-    free = sample_text(policy, prompts, max_new_tokens=4, seed=2)
+    free = plain_text(policy, prompts, 4, seed=2)
     policy.eos = int(free.ids[0, 1])
-    expected = sample_text(policy, prompts, max_new_tokens=4, seed=2)
+    expected = plain_text(policy, prompts, 4, seed=2)
     assert len(set(expected.mask.sum(1).tolist())) > 1
     request.getfixturevalue("interpreter")
     policy = policy.to(device)
@@ -309,8 +326,8 @@ def test_loop_counts_do_not_depend_on_the_step(bf16_policy):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="captures a CUDA graph")
 def test_replay_waits_for_nothing_and_takes_no_memory():
     policy = tiny_policy(device="cuda")
-    distinct, owner, order = distinct_prompts(tiny_prompts("cuda", 5, 3))
-    decoder = StaticDecoder(policy, distinct, owner, order, steps=4, sampling=image_sampling(order))
+    request = image_request(policy, torch.arange(2, device="cuda"), Draw(seed=3, cfg_weight=5.0))
+    decoder: Decoder = decoder_of(policy, tiny_prompts("cuda", 5, 3), request)
     advance = decoder.start()
     torch.cuda.synchronize()
     allocated = torch.cuda.memory_allocated()
@@ -320,4 +337,4 @@ def test_replay_waits_for_nothing_and_takes_no_memory():
             advance()
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert torch.cuda.memory_allocated() == allocated and int(decoder.step.step) == 4
+    assert torch.cuda.memory_allocated() == allocated and int(decoder.step.state.step) == 4

@@ -6,13 +6,16 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
-import engine.rollout.eager
 import engine.rollout.step
 from engine.model.layers import Layer
+from engine.model.sequences import Sequences
 from engine.rollout import sample_images, sample_text
-from engine.rollout.decoder import StaticDecoder
-from engine.rollout.prefill import kv_bytes
+from engine.rollout.decoder import Decoder
+from engine.rollout.prefill import Prepared
+from engine.rollout.request import Prompts
+from engine.rollout.sample import text_request
 from engine.settings.errors import UserError
+from kernels.state import Draw
 from tests.engine.their_images import greedy_images
 
 pytestmark = pytest.mark.usefixtures("decoder")
@@ -77,7 +80,7 @@ def test_temperature_is_that_of_the_returned_logprobs(pair, make_prompts):
     (prompt,) = make_prompts(7)
     rollout = sample_images(policy, [prompt], cfg_weight=1.0, temperature=2.0, seed=1)
     with torch.no_grad():
-        hidden = policy.completion_hidden([prompt], rollout.ids, image=True)[0]
+        hidden = policy.completion_hidden(Sequences("token", [prompt], rollout.ids))[0]
         logits = policy.model.generation_head(hidden) / 2.0
     expected = logits.log_softmax(-1).gather(1, rollout.ids[0, :, None])[:, 0]
     torch.testing.assert_close(rollout.logprobs[0], expected, rtol=0, atol=1e-4)
@@ -133,7 +136,7 @@ def test_greedy_text_equals_the_argmax_of_the_forward(pair, make_prompts):
     (prompt,) = make_prompts(6)
     rollout = sample_text(policy, [prompt], max_new_tokens=8, greedy=True)
     with torch.no_grad():
-        hidden = policy.completion_hidden([prompt], rollout.ids, image=False)[0]
+        hidden = policy.completion_hidden(Sequences("semantic", [prompt], rollout.ids))[0]
     assert torch.equal(policy.lm_head(hidden).argmax(-1), rollout.ids[0])
 
 
@@ -152,9 +155,7 @@ def test_seed_and_sample_ids_decide(pair, make_prompts):
 
 
 @pytest.mark.parametrize("sampler", ["images", "text"])
-def test_prefix_is_computed_once_and_memory_does_not_grow(
-    pair, make_prompts, monkeypatch, sampler, decoder
-):
+def test_prefix_is_computed_once_and_memory_does_not_grow(pair, make_prompts, monkeypatch, sampler):
     """Layer forwards are the prefill's only, and tensors alive at a step do not grow with it."""
     _, policy = pair()
     prompts = [p for p in make_prompts(10, 13) for _ in range(3)]
@@ -165,24 +166,21 @@ def test_prefix_is_computed_once_and_memory_does_not_grow(
         forwards.append(tuple(x.shape[:2]))
         return forward(self, x, cos, sin)
 
-    def counted_draw(*args, **kwargs):
-        if int(kwargs["step"]) % 16 in (2, 13):
+    def counted_draw(*args):
+        if int(args[-1].step) % 16 in (2, 13):
             storages = {
                 t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
                 for t in gc.get_objects()
                 if type(t) in (torch.Tensor, torch.nn.Parameter) and t.layout == torch.strided
             }
             alive.append(sum(storages.values()))
-        return draw(*args, **kwargs)
+        return draw(*args)
 
     monkeypatch.setattr(Layer, "forward", counted_forward)
-    if decoder == "C":  # its steps are launched one by one, to be looked at
-        draw, start = engine.rollout.step.sample_step, StaticDecoder.start
-        monkeypatch.setattr(engine.rollout.step, "sample_step", counted_draw)
-        monkeypatch.setattr(StaticDecoder, "start", lambda self, **_: start(self, capture=False))
-    else:
-        draw = engine.rollout.eager.cfg_sample
-        monkeypatch.setattr(engine.rollout.eager, "cfg_sample", counted_draw)
+    # Steps are launched one by one, to be looked at.
+    draw, start = engine.rollout.step.sample_step, Decoder.start
+    monkeypatch.setattr(engine.rollout.step, "sample_step", counted_draw)
+    monkeypatch.setattr(Decoder, "start", lambda self, **_: start(self, capture=False))
     if sampler == "images":
         sample_images(policy, prompts)
         distinct = 3  # two prompts and the unconditional one
@@ -196,12 +194,8 @@ def test_prefix_is_computed_once_and_memory_does_not_grow(
 
 
 @pytest.mark.parametrize("sampler", ["images", "text"])
-def test_portions_that_fit_the_cache_change_nothing(
-    new_policy, make_prompts, monkeypatch, sampler, decoder
-):
+def test_portions_that_fit_the_cache_change_nothing(new_policy, make_prompts, monkeypatch, sampler):
     """20 samples 9 at most at a time are 7, 7 and 6; a cache that holds 7 takes all at once."""
-    if decoder == "PyTorch":
-        pytest.skip("decodes all rows at once")
     policy, prompts = new_policy(), make_prompts(*[6, 9, 12, 7, 10] * 4)
     policy.eos = -1
     policy.eos = int(sample_text(policy, prompts, max_new_tokens=16, seed=1).ids[0, 2])
@@ -211,15 +205,16 @@ def test_portions_that_fit_the_cache_change_nothing(
             return sample_images(policy, prompts, seed=1)
         return sample_text(policy, prompts, max_new_tokens=16, seed=1)
 
-    weights = sum(w.nbytes for w in policy.model.language_model.parameters())
-    sample = (12 + 16 + (16 if sampler == "images" else 0)) * kv_bytes(policy.config, policy.dtype)
-    rows, make = [], StaticDecoder.__init__
+    weights = sum(layer.nbytes for layer in policy.weights.layers())
+    tokens = 12 + 16 + (16 if sampler == "images" else 0)
+    sample = tokens * policy.shape.kv_bytes(policy.dtype)
+    rows, make = [], Decoder.__init__
 
-    def counted(self, policy, distinct, owner, *rest, **options):
-        rows.append(len(owner))
-        make(self, policy, distinct, owner, *rest, **options)
+    def counted(self, prepared, prompts, request):
+        rows.append(len(prompts.owner))
+        make(self, prepared, prompts, request)
 
-    monkeypatch.setattr(StaticDecoder, "__init__", counted)
+    monkeypatch.setattr(Decoder, "__init__", counted)
     found = []
     for fitting in (9, 7):
         size = 2 * (weights + fitting * sample) + 2
@@ -294,3 +289,15 @@ def test_non_finite_unconditional_branch_is_found(new_policy, make_prompts):
     policy.model.language_model.embed_tokens.weight.data[policy.pad] = torch.nan
     with pytest.raises(FloatingPointError, match="row 0 at step 0 "):
         sample_images(policy, make_prompts(7, 9))
+
+
+def test_weights_that_changed_since_they_were_prepared_are_refused(new_policy, make_prompts):
+    policy = new_policy()
+    request = text_request(torch.arange(1), 4, Draw())
+    rows = Prompts.of(make_prompts(6))
+    prepared = Prepared(policy, rows, request)
+    Decoder(prepared, rows, request)
+    with torch.no_grad():
+        policy.model.language_model.layers[1].mlp.down_proj.weight.add_(1)
+    with pytest.raises(ValueError, match=r"^prepared: the weights have changed"):
+        Decoder(prepared, rows, request)

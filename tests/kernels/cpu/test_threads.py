@@ -8,9 +8,11 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from engine.rollout.decoder import Prepared, StaticDecoder
-from engine.rollout.sample import IMAGE_STEP
-from engine.rollout.sampling import Sampling, distinct_prompts
+from engine.rollout.decoder import Decoder
+from engine.rollout.prefill import Prepared
+from engine.rollout.request import Prompts
+from engine.rollout.sample import image_request
+from kernels.state import Draw
 
 pytestmark = pytest.mark.usefixtures("c_ops")
 
@@ -29,29 +31,13 @@ def torch_threads(count: int) -> Iterator[None]:
 def test_any_number_of_threads_gives_the_same_bits(pair, make_prompts, samples):
     """Threads that waited for each other too little would differ, now and then."""
     _, policy = pair(2)
-    distinct, owner, order = distinct_prompts(make_prompts(*range(5, 5 + samples)))
-    sampling = Sampling(
-        image=True,
-        first_step=IMAGE_STEP,
-        sample_ids=order,
-        temperature=1.0,
-        seed=3,
-        greedy=False,
-        cfg_weight=5.0,
-    )
-    prepared = Prepared(policy, distinct, image=True)
+    rows = Prompts.of(make_prompts(*range(5, 5 + samples)))
+    request = image_request(policy, rows.order, Draw(seed=3, cfg_weight=5.0))
+    prepared = Prepared(policy, rows, request)
     found = []
     for threads in (1, 2, 3, 5, 2, 5):
         with torch_threads(threads):
-            decoder = StaticDecoder(
-                policy,
-                distinct,
-                owner,
-                order,
-                steps=policy.image_tokens,
-                sampling=sampling,
-                prepared=prepared,
-            )
+            decoder = Decoder(prepared, rows, request)
             assert decoder.step.in_c
             found.append(decoder.decode())
     for drawn in found[1:]:
