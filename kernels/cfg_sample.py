@@ -6,6 +6,7 @@ from torch import Tensor
 from kernels import reference
 from kernels.dispatch import use_triton
 from kernels.philox import gumbel
+from kernels.state import Draw
 
 MOST_ENTRIES = 1 << 24  # a vocabulary index must be exact in fp32
 
@@ -22,7 +23,6 @@ def cfg_sample(
     top_k: int = 0,
     top_p: float = 1.0,
     greedy: bool = False,
-    noise: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Draw one token a row from the guided distribution.
 
@@ -41,8 +41,6 @@ def cfg_sample(
         top_k: 0 is off. Ties with the k-th are kept.
         top_p: 1 is off.
         greedy: take the most probable token; no noise.
-        noise: (B, V) fp32 Gumbel noise drawn ahead with `kernels.philox.gumbel` for these
-            sample ids and this step; saves drawing it here.
     Returns: ids (B,) int64; log-prob of the id under softmax(cond / temperature), (B,) fp32 nats;
         under softmax(guided / temperature) without top-k/top-p, (B,) fp32 nats. A row whose
         logits are NaN or all -inf has a non-finite log-prob.
@@ -51,39 +49,34 @@ def cfg_sample(
         top-k and top-p sort a copy of the guided ones.
     Source: Gumbel-max trick; classifier-free guidance, arXiv:2207.12598.
     """
+    draw = Draw(
+        cfg_weight=cfg_weight,
+        temperature=temperature,
+        seed=seed,
+        first_step=step,
+        top_k=top_k,
+        top_p=top_p,
+        greedy=greedy,
+    )
     check_logits(cond, uncond)
-    check_sampling(len(cond), temperature, sample_ids, top_k, top_p)
-    if noise is not None and noise.shape != cond.shape:
-        raise ValueError(f"noise: wanted {tuple(cond.shape)}, got {tuple(noise.shape)}")
+    check_sampling(len(cond), draw, sample_ids)
+    return draw_tokens(cond, uncond, draw, sample_ids)
+
+
+def draw_tokens(
+    cond: Tensor, uncond: Tensor | None, draw: Draw, sample_ids: Tensor, step: int = 0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`cfg_sample` of what has been checked, at noise step `draw.first_step + step`."""
     if use_triton(cond):
         from kernels.gpu.cfg_sample import launch_cfg_sample
 
-        return launch_cfg_sample(
-            cond,
-            uncond,
-            None if greedy else kept_logits(cond, uncond, cfg_weight, temperature, top_k, top_p),
-            None if noise is None else noise.float().contiguous(),
-            cfg_weight=cfg_weight,
-            temperature=temperature,
-            seed=seed,
-            sample_ids=sample_ids,
-            step=step,
-            greedy=greedy,
-        )
-    if greedy:
-        noise = None
-    elif noise is None:
-        steps = torch.tensor([step], device=cond.device)
-        noise = gumbel(seed, sample_ids, steps, cond.shape[1])[0]
-    return reference.cfg_sample(
-        cond,
-        uncond,
-        noise,
-        cfg_weight=cfg_weight,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-    )
+        kept = kept_logits(cond, uncond, draw)
+        return launch_cfg_sample(cond, uncond, kept, draw, sample_ids, step)
+    noise = None
+    if not draw.greedy:
+        steps = torch.tensor([draw.first_step + step], device=cond.device)
+        noise = gumbel(int(draw.seed), sample_ids, steps, cond.shape[1])[0]
+    return reference.cfg_sample(cond, uncond, noise, draw)
 
 
 def check_logits(cond: Tensor, uncond: Tensor | None) -> None:
@@ -106,16 +99,14 @@ def check_logits(cond: Tensor, uncond: Tensor | None) -> None:
             raise ValueError(f"{name}: wanted a last stride of 1, got {logits.stride()}")
 
 
-def check_sampling(
-    rows: int, temperature: float, sample_ids: Tensor, top_k: int = 0, top_p: float = 1.0
-) -> None:
+def check_sampling(rows: int, draw: Draw, sample_ids: Tensor) -> None:
     """Raise ValueError naming the argument."""
-    if not temperature > 0:
-        raise ValueError(f"temperature: wanted > 0, got {temperature}")
-    if top_k < 0:
-        raise ValueError(f"top_k: wanted >= 0, got {top_k}")
-    if not 0 < top_p <= 1:
-        raise ValueError(f"top_p: wanted (0, 1], got {top_p}")
+    if not draw.temperature > 0:
+        raise ValueError(f"temperature: wanted > 0, got {draw.temperature}")
+    if draw.top_k < 0:
+        raise ValueError(f"top_k: wanted >= 0, got {draw.top_k}")
+    if not 0 < draw.top_p <= 1:
+        raise ValueError(f"top_p: wanted (0, 1], got {draw.top_p}")
     if sample_ids.shape != (rows,):
         raise ValueError(f"sample_ids: wanted ({rows},), got {tuple(sample_ids.shape)}")
     if sample_ids.dtype != torch.int64 or not sample_ids.is_contiguous():
@@ -125,20 +116,14 @@ def check_sampling(
         )
 
 
-def kept_logits(
-    cond: Tensor,
-    uncond: Tensor | None,
-    cfg_weight: float,
-    temperature: float,
-    top_k: int,
-    top_p: float,
-) -> Tensor | None:
+def kept_logits(cond: Tensor, uncond: Tensor | None, draw: Draw) -> Tensor | None:
     """What the kernels sample from under top-k and top-p: the reference's own support.
 
-    Sorted with torch, without waiting for the device. None where nothing is excluded.
+    Sorted with torch, without waiting for the device. None where nothing is excluded, and for
+    greedy draws.
     """
-    if top_p == 1.0 and not 0 < top_k < cond.shape[1]:
+    if draw.greedy or (draw.top_p == 1.0 and not 0 < draw.top_k < cond.shape[1]):
         return None
     return reference.keep_top(
-        reference.tempered(cond, uncond, cfg_weight, temperature)[1], top_k, top_p
+        reference.tempered(cond, uncond, draw)[1], draw.top_k, draw.top_p
     ).contiguous()

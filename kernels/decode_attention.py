@@ -5,21 +5,15 @@ from torch import Tensor
 
 from kernels.dispatch import use_c, use_triton
 from kernels.kv_append import DTYPES, check_index, check_tensor
-from kernels.reference import attention as reference_attention
-from kernels.tiling import split_tokens, tile_rows
+from kernels.state import LayerCache
+from kernels.tiling import split_tokens
 
 MOST_HEAD_DIM_C = 256  # the C kernel's arrays of a head end there; PyTorch beyond
 
 
 def decode_attention(
     q: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    step: Tensor,
-    prefix_keys: Tensor,
-    prefix_values: Tensor,
-    prefix_lengths: Tensor,
-    tiles: Tensor,
+    cache: LayerCache,
     *,
     scale: float,
     out: Tensor | None = None,
@@ -32,13 +26,8 @@ def decode_attention(
 
     Args:
         q: (R, Hq, hd) bf16/fp16/fp32, hd a multiple of 16; last stride 1.
-        keys, values: (R, Hkv, S, hd) of q's dtype, equal strides, last stride 1; Hkv divides Hq.
-        step: (1,) int32 on the device, 0 <= step < S; not range-checked on CUDA.
-        prefix_keys, prefix_values: (U, Hkv, P, hd), likewise; U or P may be 0.
-        prefix_lengths: (R,) int32: how much of its prefix a row attends, at most P; 0 for rows in
-            no tile. Not range-checked on CUDA.
-        tiles: (T, 3) int32, contiguous: first row, rows, prefix index; made by `prefix_tiles`.
-            A row is in one tile at most. A tile of more than `tile_rows` rows gives NaN on CUDA.
+        cache: of q's dtype; Hkv divides Hq. Not range-checked on CUDA: step, prefix_lengths. A
+            tile of more than `tile_rows` rows gives NaN there.
         scale: > 0, usually hd ** -0.5.
         out: (R, Hq * hd) to write into; last stride 1.
         workspace: made by `decode_attention_workspace` for these shapes or larger ones.
@@ -49,79 +38,85 @@ def decode_attention(
         bits whatever else is in the batch. Traffic: read each suffix token once, each prefix token
         once for each tile; write R * Hq * hd, and that in fp32 for every `split_tokens` tokens.
         Two launches, neither of which depends on step. Head dimensions that are no power of two
-        are padded in registers; the padding reads nothing.
+        are padded in registers; the padding reads nothing. The PyTorch path rounds scores and
+        sums to q's dtype, and its rounding may depend on the batch.
     Source: Hydragen, arXiv:2402.05099; Flash-Decoding (2023).
     """
-    _check(q, keys, values, step, prefix_keys, prefix_values, prefix_lengths, tiles)
+    _check(q, cache)
     if not scale > 0:
         raise ValueError(f"scale: wanted > 0, got {scale}")
     rows, heads, head_dim = q.shape
+    kv_heads, suffix, prefix = cache.keys.shape[1], cache.keys.shape[2], cache.prefix_keys.shape[2]
     check_tensor("out", out, (rows, heads * head_dim), q)
     if use_triton(q):
         from kernels.gpu.decode_attention import launch_decode_attention
 
-        suffix, prefix = keys.shape[2], prefix_keys.shape[2]
         if workspace is None:
             workspace = decode_attention_workspace(
-                rows, heads, keys.shape[1], head_dim, prefix, suffix, device=q.device
+                rows, heads, kv_heads, head_dim, prefix, suffix, device=q.device
             )
         else:
-            _check_workspace(workspace, q, keys.shape[1], prefix, suffix)
+            _check_workspace(workspace, q, kv_heads, prefix, suffix)
         out = q.new_empty(rows, heads * head_dim) if out is None else out
-        launch_decode_attention(
-            q,
-            keys,
-            values,
-            step,
-            prefix_keys,
-            prefix_values,
-            prefix_lengths,
-            tiles,
-            scale,
-            out,
-            workspace,
-        )
+        launch_decode_attention(q, cache, scale, out, workspace)
         return out
-    length = int(step) + 1
-    if not 0 < length <= keys.shape[2]:
-        raise ValueError(f"step: wanted 0 to {keys.shape[2] - 1}, got {length - 1}")
-    row_prefix = _prefix_of_rows(tiles, rows, tile_rows(heads, keys.shape[1]), len(prefix_keys))
-    most, given = prefix_keys.shape[2], int(prefix_lengths.max()) if rows else 0
-    if given > most:
-        raise ValueError(f"prefix_lengths: wanted at most {most}, got {given}")
+    length = int(cache.step) + 1
+    if not 0 < length <= suffix:
+        raise ValueError(f"step: wanted 0 to {suffix - 1}, got {length - 1}")
+    given = int(cache.prefix_lengths.max()) if rows else 0
+    if given > prefix:
+        raise ValueError(f"prefix_lengths: wanted at most {prefix}, got {given}")
+    named = cache.row_prefix[cache.prefix_lengths > 0]
+    if len(named) and not (0 <= int(named.min()) and int(named.max()) < len(cache.prefix_keys)):
+        raise ValueError(
+            f"row_prefix: wanted 0 to {len(cache.prefix_keys) - 1}, got {named.tolist()}"
+        )
     if use_c(q) and head_dim <= MOST_HEAD_DIM_C:
-        from kernels.cpu.launch import launch_decode_attention
+        from kernels.cpu.launch import launch_decode_attention as launch_in_c
 
         out = q.new_empty(rows, heads * head_dim) if out is None else out
-        launch_decode_attention(
-            q,
-            keys,
-            values,
-            step,
-            prefix_keys,
-            prefix_values,
-            prefix_lengths,
-            row_prefix,
-            scale,
-            out,
-        )
+        launch_in_c(q, cache, scale, out)
         return out
-    mixed = reference_attention.decode_attention(
-        q, keys, values, length, prefix_keys, prefix_values, prefix_lengths, row_prefix, scale
-    )
+    mixed = _eager(q, cache, length, scale)
     return mixed if out is None else out.copy_(mixed)
 
 
-def _prefix_of_rows(tiles: Tensor, rows: int, most: int, prefixes: int) -> Tensor:
-    """(T, 3) tiles -> (R,) int32, the prefix of each row; 0 for rows in none."""
-    row_prefix = torch.zeros(rows, dtype=torch.int32)
-    for first, count, index in tiles.tolist():
-        if count > most:
-            raise ValueError(f"tiles: wanted at most {most} rows a tile, got {count}")
-        if not 0 <= index < prefixes:
-            raise ValueError(f"tiles: wanted a prefix of 0 to {prefixes - 1}, got {index}")
-        row_prefix[first : first + count] = index
-    return row_prefix
+def _eager(q: Tensor, cache: LayerCache, length: int, scale: float) -> Tensor:
+    """The same in PyTorch: a product for the suffixes, and one for each run of rows with a prefix."""
+    rows, heads, head_dim = q.shape
+    kv_heads = cache.keys.shape[1]
+    grouped = q.view(rows, kv_heads, heads // kv_heads, head_dim)
+    keys, values = cache.keys[:, :, :length], cache.values[:, :, :length]
+    longest = int(cache.prefix_lengths.max()) if rows else 0
+    scores = q.new_full((*grouped.shape[:3], longest + length), -torch.inf, dtype=torch.float32)
+    scores[..., longest:] = grouped @ keys.mT
+    runs = _runs(cache)
+    for some, index, shared in runs:
+        asking = grouped[some].transpose(0, 1).flatten(1, 2)  # (Hkv, rows of the run * repeat, hd)
+        found = asking @ cache.prefix_keys[index, :, :shared].mT
+        found = found.unflatten(1, (-1, grouped.shape[2])).transpose(0, 1)
+        beyond = torch.arange(shared) >= cache.prefix_lengths[some, None]
+        scores[some, ..., :shared] = found.float().masked_fill(beyond[:, None, None], -torch.inf)
+    probs = (scores * scale).softmax(-1).to(q.dtype)
+    mixed = probs[..., longest:] @ values
+    for some, index, shared in runs:
+        weights = probs[some, ..., :shared].transpose(0, 1).flatten(1, 2)
+        part = weights @ cache.prefix_values[index, :, :shared]
+        mixed[some] += part.unflatten(1, (-1, grouped.shape[2])).transpose(0, 1)
+    return mixed.reshape(rows, -1)
+
+
+def _runs(cache: LayerCache) -> list[tuple[slice, int, int]]:
+    """Runs of rows with one prefix: the rows, the prefix, the most of it that any of them attends."""
+    indices, counts = cache.row_prefix.unique_consecutive(return_counts=True)
+    runs, first = [], 0
+    for index, count in zip(indices.tolist(), counts.tolist(), strict=True):
+        some = slice(first, first + count)
+        shared = int(cache.prefix_lengths[some].max())
+        first += count
+        if shared:
+            runs.append((some, index, shared))
+    return runs
 
 
 def decode_attention_workspace(
@@ -149,22 +144,15 @@ def decode_attention_workspace(
     )
 
 
-def _check(
-    q: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    step: Tensor,
-    prefix_keys: Tensor,
-    prefix_values: Tensor,
-    prefix_lengths: Tensor,
-    tiles: Tensor,
-) -> None:
+def _check(q: Tensor, cache: LayerCache) -> None:
     if q.ndim != 3 or q.shape[2] % 16 or q.dtype not in DTYPES:
         raise ValueError(
             "q: wanted (R, Hq, head_dim) bf16, fp16 or fp32, head_dim a multiple of 16, "
             f"got {tuple(q.shape)} {q.dtype}"
         )
     rows, heads, head_dim = q.shape
+    keys, values = cache.keys, cache.values
+    prefix_keys, prefix_values = cache.prefix_keys, cache.prefix_values
     check_tensor("q", q, q.shape, q)
     if keys.ndim != 4 or keys.shape[1] == 0 or heads % keys.shape[1]:
         raise ValueError(
@@ -183,9 +171,10 @@ def _check(
     for name, cached in (("prefix_keys", prefix_keys), ("prefix_values", prefix_values)):
         check_tensor(name, cached, (prefixes, kv_heads, length, head_dim), q)
     check_strides("prefix_values", prefix_values, prefix_keys)
-    check_index("step", step, (1,), q)
-    check_index("prefix_lengths", prefix_lengths, (rows,), q)
-    check_index("tiles", tiles, (len(tiles), 3), q)
+    check_index("step", cache.step, (1,), q)
+    check_index("prefix_lengths", cache.prefix_lengths, (rows,), q)
+    check_index("row_prefix", cache.row_prefix, (rows,), q)
+    check_index("tiles", cache.tiles, (len(cache.tiles), 3), q)
 
 
 def check_strides(name: str, values: Tensor, keys: Tensor) -> None:

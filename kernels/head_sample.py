@@ -9,6 +9,7 @@ from kernels.philox import gumbel
 from kernels.reference import as_float, cfg_sample, guide, linear_logits
 from kernels.reference.sampling import finish_step, head_logits
 from kernels.sample_step import check_finish
+from kernels.state import Draw, StepState
 
 
 def head_sample(
@@ -16,24 +17,8 @@ def head_sample(
     uncond: Tensor | None,
     weight: Tensor,
     bias: Tensor | None,
-    *,
-    cfg_weight: float,
-    temperature: float,
-    seed: int | Tensor,
-    sample_ids: Tensor,
-    step: Tensor,
-    step_offset: int,
-    greedy: bool = False,
-    table: Tensor,
-    x: Tensor,
-    tokens: Tensor,
-    logprobs: Tensor | None,
-    guided_logprobs: Tensor | None,
-    error: Tensor,
-    eos: int | None = None,
-    alive: Tensor | None = None,
-    pad: int = 0,
-    workspace: Tensor | None = None,
+    draw: Draw,
+    state: StepState,
 ) -> None:
     """`kernels.sample_step` on logits = input @ weight.T + bias, which stay in registers.
 
@@ -44,66 +29,36 @@ def head_sample(
         cond, uncond: (B, K) inputs of the layer, bf16/fp16/fp32; last stride 1.
         weight: (V, K), same dtype; last stride 1; row slices welcome.
         bias: (V,), same dtype, contiguous, or None.
-        logprobs: (B, T) fp32; None, the conditional distribution is not wanted.
-        workspace: from `head_workspace`, kept from step to step; None: a new one.
-        The rest: see kernels.sample_step. No top-k or top-p: they need a row's logits at once.
+        draw: how to draw; no top-k or top-p, which need a row's logits at once.
+        state: what is read and written; without logprobs the conditional distribution is not
+            computed; its workspace is from `head_workspace`, None: a new one.
     Raises: ValueError naming the argument.
     Numerics: fp32 accumulation and fp32 logits, never rounded to the weights' dtype; guided inputs
         keep 16 bits of mantissa as a sum of two parts. Batch-invariant. Traffic: read weight once
         for 64 rows; two launches, three with guided inputs.
-    Source: DESIGN sections 6 and 7; FlashSampling, arXiv:2603.15854.
+    Source: FlashSampling, arXiv:2603.15854.
     """
     check_head(cond, uncond, weight, bias)
-    check_sampling(len(cond), temperature, sample_ids)
-    finish = {
-        "step": step,
-        "table": table,
-        "x": x,
-        "tokens": tokens,
-        "logprobs": logprobs,
-        "guided_logprobs": guided_logprobs,
-        "error": error,
-        "eos": eos,
-        "alive": alive,
-        "pad": pad,
-    }
-    check_finish(len(cond), len(weight), uncond is not None, seed, **finish)
+    check_sampling(len(cond), draw, state.sample_ids)
+    if not draw.all_tokens:
+        raise ValueError(f"top_k, top_p: wanted 0 and 1, got {draw.top_k} and {draw.top_p}")
+    check_finish(len(cond), len(weight), uncond is not None, draw, state)
     if use_triton(cond):
         from kernels.gpu.head_sample import launch_head_sample
 
-        launch_head_sample(
-            cond,
-            uncond,
-            weight,
-            bias,
-            cfg_weight=cfg_weight,
-            temperature=temperature,
-            seed=seed,
-            sample_ids=sample_ids,
-            step_offset=step_offset,
-            greedy=greedy,
-            workspace=workspace,
-            **finish,
-        )
+        launch_head_sample(cond, uncond, weight, bias, draw, state)
         return
-    if uncond is not None and logprobs is None:
-        mixed = guide(as_float(cond), as_float(uncond), cfg_weight)
-        logits, uncond_logits = linear_logits(mixed, weight, bias, 1.0), None
+    uncond_logits = None
+    if uncond is not None and state.logprobs is None:
+        mixed = guide(as_float(cond), as_float(uncond), draw.cfg_weight)
+        logits = linear_logits(mixed, weight, bias, 1.0)
     else:
         logits, uncond_logits = head_logits(cond, uncond, weight, bias)
     noise = None
-    if not greedy:
-        noise = gumbel(int(seed), sample_ids, step.long() + step_offset, len(weight))[0]
-    draw = cfg_sample(
-        logits,
-        uncond_logits,
-        noise,
-        cfg_weight=cfg_weight,
-        temperature=temperature,
-        top_k=0,
-        top_p=1.0,
-    )
-    finish_step(*draw, **finish)
+    if not draw.greedy:
+        steps = state.step.long() + draw.first_step
+        noise = gumbel(int(draw.seed), state.sample_ids, steps, len(weight))[0]
+    finish_step(*cfg_sample(logits, uncond_logits, noise, draw), state)
 
 
 def head_workspace(cond: Tensor, weight: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from kernels.dispatch import use_c, use_triton
 from kernels.reference import attention as reference_attention
+from kernels.state import LayerCache
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -13,10 +14,7 @@ def kv_append(
     qkv: Tensor,
     cos: Tensor,
     sin: Tensor,
-    first_positions: Tensor,
-    step: Tensor,
-    keys: Tensor,
-    values: Tensor,
+    cache: LayerCache,
     *,
     heads: int,
     out: Tensor | None = None,
@@ -29,10 +27,8 @@ def kv_append(
     Args:
         qkv: (R, (Hq + 2 Hkv) * hd) bf16/fp16/fp32: queries, keys, values; last stride 1.
         cos, sin: (T, hd / 2) fp32, contiguous.
-        first_positions: (R,) int32, contiguous: position of each row's first suffix token.
-        step: (1,) int32 on the device: the slot. Neither it nor the position it gives is
-            range-checked on CUDA.
-        keys, values: (R, Hkv, S, hd) of qkv's dtype, written in place; last stride 1.
+        cache: its keys and values, of qkv's dtype, are written in place; neither `step` nor the
+            position it gives is range-checked on CUDA.
         heads: Hq.
         out: (R, Hq, hd) to write the queries into; last stride 1.
     Returns: the rotated queries, (R, Hq, hd), not scaled.
@@ -40,40 +36,33 @@ def kv_append(
     Numerics: fp32, rounded once. Traffic: read qkv and one row of angles; write as much.
     Source: RoFormer, arXiv:2104.09864.
     """
-    _check(qkv, cos, sin, first_positions, step, keys, values, heads)
+    _check(qkv, cos, sin, cache, heads)
+    keys, values = cache.keys, cache.values
     shape = (len(qkv), heads, keys.shape[3])
     check_tensor("out", out, shape, qkv)
     if use_triton(qkv):
         from kernels.gpu.kv_append import launch_kv_append
 
         out = qkv.new_empty(shape) if out is None else out
-        launch_kv_append(qkv, cos, sin, first_positions, step, keys, values, heads, out)
+        launch_kv_append(qkv, cos, sin, cache, heads, out)
         return out
-    slot = int(step)
+    slot = int(cache.step)
     if not 0 <= slot < keys.shape[2]:
         raise ValueError(f"step: wanted 0 to {keys.shape[2] - 1}, got {slot}")
     if use_c(qkv) and keys.stride() == values.stride():
-        from kernels.cpu.launch import launch_kv_append
+        from kernels.cpu.launch import launch_kv_append as launch_in_c
 
         out = qkv.new_empty(shape) if out is None else out
-        launch_kv_append(qkv, cos, sin, first_positions, step, keys, values, heads, out)
+        launch_in_c(qkv, cos, sin, cache, heads, out)
         return out
-    angles = first_positions + slot
+    angles = cache.first_positions + slot
     q, k, v = reference_attention.rotated(qkv, cos[angles], sin[angles], heads, keys.shape[1])
     keys[:, :, slot], values[:, :, slot] = k, v
     return q if out is None else out.copy_(q)
 
 
-def _check(
-    qkv: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    first_positions: Tensor,
-    step: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    heads: int,
-) -> None:
+def _check(qkv: Tensor, cos: Tensor, sin: Tensor, cache: LayerCache, heads: int) -> None:
+    keys, values = cache.keys, cache.values
     if keys.ndim != 4 or keys.shape[3] % 16:
         raise ValueError(
             f"keys: wanted (R, Hkv, S, head_dim), head_dim a multiple of 16, got "
@@ -87,8 +76,8 @@ def _check(
     check_tensor("qkv", qkv, (rows, (heads + 2 * kv_heads) * head_dim), qkv)
     for name, table in (("cos", cos), ("sin", sin)):
         check_tensor(name, table, (len(cos), head_dim // 2), qkv, torch.float32, contiguous=True)
-    check_index("first_positions", first_positions, (rows,), qkv)
-    check_index("step", step, (1,), qkv)
+    check_index("first_positions", cache.first_positions, (rows,), qkv)
+    check_index("step", cache.step, (1,), qkv)
 
 
 def check_tensor(

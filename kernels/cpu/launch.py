@@ -13,6 +13,7 @@ from functools import cache
 from torch import Tensor
 
 from kernels.cpu.build import BuildError, library
+from kernels.state import Draw, LayerCache, StepState
 
 _thread = threading.local()  # .recording: the Launches that this thread's ops join
 
@@ -148,27 +149,20 @@ def launch_swiglu(gate_up: Tensor, out: Tensor) -> None:
 
 
 def launch_kv_append(
-    qkv: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    first_positions: Tensor,
-    step: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    heads: int,
-    out: Tensor,
+    qkv: Tensor, cos: Tensor, sin: Tensor, cache: LayerCache, heads: int, out: Tensor
 ) -> None:
     """See kernels.kv_append; keys and values have equal strides."""
+    keys = cache.keys
     rows, kv_heads, slots, head_dim = keys.shape
     _launch(
         "kv_append",
         qkv=qkv,
         cos=cos,
         sin=sin,
-        first_positions=first_positions,
-        step=step,
+        first_positions=cache.first_positions,
+        step=cache.step,
         keys=keys,
-        values=values,
+        values=cache.values,
         q=out,
         rows=rows,
         heads=heads,
@@ -185,34 +179,20 @@ def launch_kv_append(
     )
 
 
-def launch_decode_attention(
-    q: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    step: Tensor,
-    prefix_keys: Tensor,
-    prefix_values: Tensor,
-    prefix_lengths: Tensor,
-    row_prefix: Tensor,
-    scale: float,
-    out: Tensor,
-) -> None:
-    """See kernels.decode_attention.
-
-    Args:
-        row_prefix: (R,) int32, the prefix of each row; any where its length is 0.
-    """
+def launch_decode_attention(q: Tensor, cache: LayerCache, scale: float, out: Tensor) -> None:
+    """See kernels.decode_attention."""
     rows, heads, head_dim = q.shape
+    keys, prefix_keys = cache.keys, cache.prefix_keys
     _launch(
         "decode_attention",
         q=q,
         keys=keys,
-        values=values,
+        values=cache.values,
         prefix_keys=prefix_keys,
-        prefix_values=prefix_values,
-        step=step,
-        prefix_lengths=prefix_lengths,
-        row_prefix=row_prefix,
+        prefix_values=cache.prefix_values,
+        step=cache.step,
+        prefix_lengths=cache.prefix_lengths,
+        row_prefix=cache.row_prefix,
         out=out,
         rows=rows,
         heads=heads,
@@ -233,26 +213,7 @@ def launch_decode_attention(
 
 
 def launch_sample_step(
-    cond: Tensor,
-    uncond: Tensor | None,
-    kept: Tensor | None,
-    *,
-    cfg_weight: float,
-    temperature: float,
-    seed: int,
-    sample_ids: Tensor,
-    step: Tensor,
-    step_offset: int,
-    greedy: bool,
-    table: Tensor,
-    x: Tensor,
-    tokens: Tensor,
-    logprobs: Tensor | None,
-    guided_logprobs: Tensor | None,
-    error: Tensor,
-    eos: int | None,
-    alive: Tensor | None,
-    pad: int,
+    cond: Tensor, uncond: Tensor | None, kept: Tensor | None, draw: Draw, state: StepState
 ) -> None:
     """See kernels.sample_step.
 
@@ -263,37 +224,38 @@ def launch_sample_step(
     def stride(tensor: Tensor | None) -> int:
         return 0 if tensor is None else tensor.stride(0)
 
+    seed = int(draw.seed)
     _launch(
         "sample_step",
         cond=cond,
         uncond=uncond,
         kept=kept,
-        sample_ids=sample_ids,
-        step=step,
-        table=table,
-        x=x,
-        tokens=tokens,
-        logprobs=logprobs,
-        guided_logprobs=guided_logprobs,
-        error=error,
-        alive=alive,
+        sample_ids=state.sample_ids,
+        step=state.step,
+        table=state.table,
+        x=state.x,
+        tokens=state.tokens,
+        logprobs=state.logprobs,
+        guided_logprobs=state.guided_logprobs,
+        error=state.error,
+        alive=state.alive,
         rows=len(cond),
         vocab=cond.shape[1],
-        columns=tokens.shape[1],
-        width=x.shape[1],
+        columns=state.tokens.shape[1],
+        width=state.x.shape[1],
         cond_stride=cond.stride(0),
         uncond_stride=stride(uncond),
-        table_stride=table.stride(0),
-        x_stride=x.stride(0),
-        tokens_stride=tokens.stride(0),
-        logprobs_stride=stride(logprobs),
-        guided_stride=stride(guided_logprobs),
-        alive_stride=stride(alive),
+        table_stride=state.table.stride(0),
+        x_stride=state.x.stride(0),
+        tokens_stride=state.tokens.stride(0),
+        logprobs_stride=stride(state.logprobs),
+        guided_stride=stride(state.guided_logprobs),
+        alive_stride=stride(state.alive),
         seed=(seed & (2**64 - 1)) - (2**64 if seed & 2**63 else 0),
-        step_offset=step_offset,
-        greedy=int(greedy),
-        eos=-1 if eos is None else eos,
-        pad=pad,
-        cfg_weight=float(cfg_weight),
-        temperature=float(temperature),
+        step_offset=draw.first_step,
+        greedy=int(draw.greedy),
+        eos=-1 if state.eos is None else state.eos,
+        pad=state.pad,
+        cfg_weight=float(draw.cfg_weight),
+        temperature=float(draw.temperature),
     )

@@ -18,6 +18,7 @@ from kernels.gpu.sampling import (
     signed,
     ticket_words,
 )
+from kernels.state import Draw
 
 TILE = 2048  # entries of a program: 16 a thread, so 8 loads of 128 bits in flight for bf16 pairs
 
@@ -116,14 +117,9 @@ def launch_cfg_sample(
     cond: Tensor,
     uncond: Tensor | None,
     kept: Tensor | None,
-    noise: Tensor | None,
-    *,
-    cfg_weight: float,
-    temperature: float,
-    seed: int,
+    draw: Draw,
     sample_ids: Tensor,
     step: int,
-    greedy: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See kernels.cfg_sample. kept: tempered guided logits, -inf where excluded; None: all."""
     rows, vocab = cond.shape
@@ -148,18 +144,17 @@ def launch_cfg_sample(
         second,
         second.stride(0),
         logprobs if kept is None else kept,
-        logprobs if noise is None else noise,
         sample_ids.contiguous(),
-        signed(seed),
-        step,
-        cfg_weight,
-        temperature,
+        signed(int(draw.seed)),
+        draw.first_step + step,
+        draw.cfg_weight,
+        draw.temperature,
         rows,
         vocab,
         tiles,
         GUIDED=uncond is not None,
         HAS_KEPT=kept is not None,
-        NOISE=NO_NOISE if greedy else DRAWN_NOISE if noise is None else GIVEN_NOISE,
+        NOISE=NO_NOISE if draw.greedy else DRAWN_NOISE,
         ROWS=group,
         BLOCK=block,
         TILES=merge_block(tiles),

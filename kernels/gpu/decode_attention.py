@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.gpu.launch import BYTES, DecodeShape, Launch
+from kernels.state import LayerCache
 from kernels.tiling import block_queries, split_tokens, tile_rows
 
 MERGE_SPLITS = 8  # partials that a program of the merge holds at a time
@@ -245,13 +246,7 @@ def merge_config(constants: dict[str, int], element_size: int) -> dict[str, int]
 
 def launch_decode_attention(
     q: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    step: Tensor,
-    prefix_keys: Tensor,
-    prefix_values: Tensor,
-    prefix_lengths: Tensor,
-    tiles: Tensor,
+    cache: LayerCache,
     scale: float,
     out: Tensor,
     workspace: tuple[Tensor, Tensor],
@@ -260,13 +255,21 @@ def launch_decode_attention(
     rows, heads, head_dim = q.shape
     if rows == 0:
         return
+    keys, values, tiles = cache.keys, cache.values, cache.tiles
+    prefix_keys, prefix_values = cache.prefix_keys, cache.prefix_values
     kv_heads = keys.shape[1]
     constants = config(heads, kv_heads, head_dim, q.element_size())
     prefix_splits = triton.cdiv(prefix_keys.shape[2], constants["SPLIT"])
     suffix_splits = triton.cdiv(keys.shape[2], constants["SPLIT"])
     partial, lse = workspace
-    suffix_inputs = (keys, values, *keys.stride()[:3], step)
-    prefix_inputs = (prefix_keys, prefix_values, *prefix_keys.stride()[:3], prefix_lengths, tiles)
+    suffix_inputs = (keys, values, *keys.stride()[:3], cache.step)
+    prefix_inputs = (
+        prefix_keys,
+        prefix_values,
+        *prefix_keys.stride()[:3],
+        cache.prefix_lengths,
+        tiles,
+    )
     programs = kv_heads * (len(tiles) * prefix_splits + rows * suffix_splits)
     _decode_attention_kernel[(programs,)](
         *(partial, lse),
@@ -280,7 +283,7 @@ def launch_decode_attention(
     merge = merge_config(constants, q.element_size())
     _merge_splits_kernel[(triton.cdiv(rows * heads, merge["BLOCK_UNITS"]),)](
         *(out, out.stride(0)),
-        *(partial, lse, prefix_lengths, step),
+        *(partial, lse, cache.prefix_lengths, cache.step),
         *(rows * heads, prefix_splits, suffix_splits),
         **merge,
         num_warps=1,

@@ -10,6 +10,7 @@ from torch import Tensor
 from kernels.gpu.cfg_sample import merge_block
 from kernels.gpu.launch import BYTES, DecodeShape, Launch
 from kernels.gpu.sampling import FIELDS, finish_rows, merge_partials
+from kernels.state import StepState
 
 GATHER = 4096  # values of the embedding that a program copies at a time
 
@@ -108,23 +109,12 @@ def gather_block(width: int) -> int:
     return min(triton.next_power_of_2(width), GATHER)
 
 
-def finish_arguments(
-    *,
-    step: Tensor,
-    table: Tensor,
-    x: Tensor,
-    tokens: Tensor,
-    logprobs: Tensor | None,
-    guided_logprobs: Tensor | None,
-    error: Tensor,
-    eos: int | None,
-    alive: Tensor | None,
-    pad: int,
-) -> dict[str, Any]:
+def finish_arguments(state: StepState) -> dict[str, Any]:
     """What `finish_rows` takes, by the kernels' names.
 
     A pointer that its constant switches off is never read: any tensor will do.
     """
+    tokens, logprobs, guided_logprobs = state.tokens, state.logprobs, state.guided_logprobs
     first = tokens if logprobs is None else logprobs
     second = tokens if guided_logprobs is None else guided_logprobs
     return {
@@ -134,25 +124,31 @@ def finish_arguments(
         "stride_logprobs": first.stride(0),
         "guided_logprobs_ptr": second,
         "stride_guided": second.stride(0),
-        "x_ptr": x,
-        "stride_x": x.stride(0),
-        "step_ptr": step,
-        "error_ptr": error,
-        "alive_ptr": tokens if alive is None else alive.view(torch.uint8),
-        "table_ptr": table,
-        "stride_table": table.stride(0),
-        "eos": 0 if eos is None else eos,
-        "pad": pad,
+        "x_ptr": state.x,
+        "stride_x": state.x.stride(0),
+        "step_ptr": state.step,
+        "error_ptr": state.error,
+        "alive_ptr": tokens if state.alive is None else state.alive.view(torch.uint8),
+        "table_ptr": state.table,
+        "stride_table": state.table.stride(0),
+        "eos": 0 if state.eos is None else state.eos,
+        "pad": state.pad,
         "columns": tokens.shape[1],
-        "width": table.shape[1],
+        "width": state.table.shape[1],
         "HAS_LOGPROBS": logprobs is not None,
         "HAS_GUIDED": guided_logprobs is not None,
-        "HAS_EOS": eos is not None,
+        "HAS_EOS": state.eos is not None,
     }
 
 
 def launch_finish_step(
-    partials: Tensor, tickets: Tensor, *, tiles: int, has_cond: bool, paired: bool, **finish: Any
+    partials: Tensor,
+    tickets: Tensor,
+    state: StepState,
+    *,
+    tiles: int,
+    has_cond: bool,
+    paired: bool,
 ) -> None:
     """Merge the partials (B, FIELDS, tiles) and end the step; see sampling.finish_rows.
 
@@ -160,9 +156,9 @@ def launch_finish_step(
         has_cond: the partials hold the conditional distribution besides the sampled one.
         paired: x has a second half, for unconditional rows.
     """
-    rows = len(finish["tokens"])
+    rows = len(state.tokens)
     _finish_step_kernel[(rows,)](
-        **finish_arguments(**finish),
+        **finish_arguments(state),
         tickets_ptr=tickets,
         partials_ptr=partials,
         rows=rows,
@@ -170,7 +166,7 @@ def launch_finish_step(
         HAS_COND=has_cond,
         PAIRED=paired,
         TILES=merge_block(tiles),
-        BLOCK_D=gather_block(finish["table"].shape[1]),
+        BLOCK_D=gather_block(state.table.shape[1]),
     )
 
 

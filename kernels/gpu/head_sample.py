@@ -5,8 +5,6 @@ side fills the tensor cores however few rows there are; the weights are read onc
 order of a logit's sum does not depend on the batch.
 """
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -25,6 +23,7 @@ from kernels.gpu.sampling import (
     store_partials,
     ticket_words,
 )
+from kernels.state import Draw, StepState
 
 BLOCK_V = 128  # 128 tiles for 16,384 codes: a wave of an H200's 132 multiprocessors
 
@@ -163,28 +162,21 @@ def launch_head_sample(
     uncond: Tensor | None,
     weight: Tensor,
     bias: Tensor | None,
-    *,
-    cfg_weight: float,
-    temperature: float,
-    seed: int | Tensor,
-    sample_ids: Tensor,
-    step_offset: int,
-    greedy: bool,
-    workspace: Tensor | None,
-    **finish: Any,
+    draw: Draw,
+    state: StepState,
 ) -> None:
     """See kernels.head_sample."""
     (rows, width), vocab = cond.shape, len(weight)
     sizes = workspace_sizes(rows, vocab, width, cond.element_size())
+    workspace, seed = state.workspace, draw.seed
     if workspace is None:
-        workspace = sample_ids.new_zeros(sum(sizes), dtype=torch.int32)
+        workspace = state.tokens.new_zeros(sum(sizes), dtype=torch.int32)
     tickets, partials, parts = workspace[: sum(sizes)].split(sizes)
     partials = partials.view(torch.float32)
-    guided_only = uncond is not None and finish["logprobs"] is None
     first, second, kind = cond, cond if uncond is None else uncond, ONE
-    if guided_only:
+    if uncond is not None and state.logprobs is None:
         high, low = parts.view(cond.dtype)[: 2 * rows * width].view(2, rows, width)
-        launch_guide_inputs(high, low, cond, uncond, cfg_weight)
+        launch_guide_inputs(high, low, cond, uncond, draw.cfg_weight)
         first, second, kind = high, low, PARTS
     elif uncond is not None:
         kind = BRANCHES
@@ -199,19 +191,19 @@ def launch_head_sample(
         weight,
         weight.stride(0),
         weight if bias is None else bias,
-        sample_ids,
-        finish["step"],
+        state.sample_ids,
+        state.step,
         signed(seed) if isinstance(seed, int) else seed,
-        step_offset,
-        cfg_weight,
-        temperature,
+        draw.first_step,
+        draw.cfg_weight,
+        draw.temperature,
         rows,
         vocab,
         width,
         tiles,
         KIND=kind,
         HAS_BIAS=bias is not None,
-        NOISE=NO_NOISE if greedy else DRAWN_NOISE,
+        NOISE=NO_NOISE if draw.greedy else DRAWN_NOISE,
         SEED_ON_DEVICE=not isinstance(seed, int),
         EVEN=width % block_k == 0,
         # The interpreter multiplies the bit patterns of bf16 operands (triton issue 11584).
@@ -225,10 +217,10 @@ def launch_head_sample(
     launch_finish_step(
         partials,
         tickets,
+        state,
         tiles=tiles,
         has_cond=kind == BRANCHES,
         paired=uncond is not None,
-        **finish,
     )
 
 

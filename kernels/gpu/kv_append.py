@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.gpu.launch import BYTES, DecodeShape, Launch
+from kernels.state import LayerCache
 
 
 @triton.jit
@@ -87,14 +88,12 @@ def launch_kv_append(
     qkv: Tensor,
     cos: Tensor,
     sin: Tensor,
-    first_positions: Tensor,
-    step: Tensor,
-    keys: Tensor,
-    values: Tensor,
+    cache: LayerCache,
     heads: int,
     out: Tensor,
 ) -> None:
     """Write the rotated queries into out, keys and values into slot `step`; see kernels.kv_append."""
+    keys, values = cache.keys, cache.values
     rows, kv_heads, _, head_dim = keys.shape
     if rows == 0:
         return
@@ -115,8 +114,8 @@ def launch_kv_append(
         qkv.stride(0),
         cos,
         sin,
-        first_positions,
-        step,
+        cache.first_positions,
+        cache.step,
         HEADS=heads,
         KV_HEADS=kv_heads,
         HALF=head_dim // 2,

@@ -1,7 +1,5 @@
 """The end of a decode step in one launch: draw a token a row, gather its embedding, advance."""
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -39,6 +37,7 @@ from kernels.gpu.sampling import (
     signed,
     ticket_words,
 )
+from kernels.state import Draw, StepState
 
 _COUNTS = ["rows", "tiles", "groups", "columns"]
 
@@ -174,26 +173,20 @@ def launch_sample_step(
     cond: Tensor,
     uncond: Tensor | None,
     kept: Tensor | None,
-    *,
-    cfg_weight: float,
-    temperature: float,
-    seed: int | Tensor,
-    sample_ids: Tensor,
-    step_offset: int,
-    greedy: bool,
-    workspace: Tensor | None,
-    **finish: Any,
+    draw: Draw,
+    state: StepState,
 ) -> None:
     """See kernels.sample_step. kept: tempered guided logits, -inf where excluded; None: all."""
     rows, vocab = cond.shape
     group, block, num_warps = tile_config(vocab)
     tiles, groups = triton.cdiv(vocab, block), triton.cdiv(rows, group)
+    workspace, seed = state.workspace, draw.seed
     if workspace is None:
-        workspace = sample_ids.new_zeros(workspace_size(rows, vocab), dtype=torch.int32)
+        workspace = state.tokens.new_zeros(workspace_size(rows, vocab), dtype=torch.int32)
     partials = workspace[ticket_words(groups) :].view(torch.float32)
     second = cond if uncond is None else uncond
     _sample_step_kernel[(groups, tiles)](
-        **finish_arguments(**finish),
+        **finish_arguments(state),
         partials_ptr=partials,
         tickets_ptr=workspace,
         cond_ptr=cond,
@@ -201,23 +194,23 @@ def launch_sample_step(
         uncond_ptr=second,
         stride_uncond=second.stride(0),
         kept_ptr=partials if kept is None else kept,
-        sample_ids_ptr=sample_ids,
+        sample_ids_ptr=state.sample_ids,
         seed=signed(seed) if isinstance(seed, int) else seed,
-        step_offset=step_offset,
-        cfg_weight=cfg_weight,
-        temperature=temperature,
+        step_offset=draw.first_step,
+        cfg_weight=draw.cfg_weight,
+        temperature=draw.temperature,
         rows=rows,
         vocab=vocab,
         tiles=tiles,
         groups=groups,
         GUIDED=uncond is not None,
         HAS_KEPT=kept is not None,
-        NOISE=NO_NOISE if greedy else DRAWN_NOISE,
+        NOISE=NO_NOISE if draw.greedy else DRAWN_NOISE,
         SEED_ON_DEVICE=not isinstance(seed, int),
         ROWS=group,
         BLOCK=block,
         TILES=merge_block(tiles),
-        BLOCK_D=gather_block(finish["table"].shape[1]),
+        BLOCK_D=gather_block(state.table.shape[1]),
         num_warps=num_warps,
     )
 

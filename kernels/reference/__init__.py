@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels.state import Draw
+
 # exp(x) is continued by its tangent above this, so that a log-prob difference of 80 nats gives a
 # finite loss whose gradient still points the right way.
 EXPONENT_CAP = 20.0
@@ -24,14 +26,12 @@ def guide(cond: Tensor, uncond: Tensor | None, cfg_weight: float) -> Tensor:
     return torch.add(uncond, cond - uncond, alpha=cfg_weight)
 
 
-def tempered(
-    cond: Tensor, uncond: Tensor | None, cfg_weight: float, temperature: float
-) -> tuple[Tensor, Tensor]:
+def tempered(cond: Tensor, uncond: Tensor | None, draw: Draw) -> tuple[Tensor, Tensor]:
     """Conditional and guided logits in fp32 (fp64 for fp64), over the temperature."""
     cond = as_float(cond)
-    guided = guide(cond, None if uncond is None else as_float(uncond), cfg_weight)
-    if temperature != 1.0:
-        cond, guided = cond / temperature, guided / temperature
+    guided = guide(cond, None if uncond is None else as_float(uncond), draw.cfg_weight)
+    if draw.temperature != 1.0:
+        cond, guided = cond / draw.temperature, guided / draw.temperature
     return cond, guided
 
 
@@ -59,15 +59,11 @@ def cfg_sample(
     cond: Tensor,
     uncond: Tensor | None,
     noise: Tensor | None,
-    *,
-    cfg_weight: float,
-    temperature: float,
-    top_k: int,
-    top_p: float,
+    draw: Draw,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gumbel-max draw from the guided distribution; noise None is greedy. See kernels.cfg_sample."""
-    cond, guided = tempered(cond, uncond, cfg_weight, temperature)
-    kept = keep_top(guided, top_k, top_p)
+    cond, guided = tempered(cond, uncond, draw)
+    kept = keep_top(guided, draw.top_k, draw.top_p)
     ids = (kept if noise is None else kept + noise).argmax(-1)
     guided_logprobs = log_softmax_at(guided, ids)
     logprobs = guided_logprobs if uncond is None else log_softmax_at(cond, ids)

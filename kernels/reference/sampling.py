@@ -4,45 +4,30 @@ import torch
 from torch import Tensor
 
 from kernels.reference import linear_logits
+from kernels.state import StepState
 
 
-def finish_step(
-    token: Tensor,
-    logprob: Tensor,
-    guided_logprob: Tensor,
-    *,
-    step: Tensor,
-    table: Tensor,
-    x: Tensor,
-    tokens: Tensor,
-    logprobs: Tensor | None,
-    guided_logprobs: Tensor | None,
-    error: Tensor,
-    eos: int | None,
-    alive: Tensor | None,
-    pad: int,
-) -> None:
+def finish_step(token: Tensor, logprob: Tensor, guided_logprob: Tensor, state: StepState) -> None:
     """Write a step's draws (B,), gather the next inputs, advance. See kernels.sample_step."""
-    rows, column = len(token), int(step)
+    rows, column = len(token), int(state.step)
     bad = ~(logprob.isfinite() & guided_logprob.isfinite())
-    if eos is not None:
-        bad &= alive
-        logprob = torch.where(alive, logprob, 0)
-        guided_logprob = torch.where(alive, guided_logprob, 0)
-        written = torch.where(alive, token, pad)
-        alive &= token != eos
-    else:
-        written = token
-    if column < tokens.shape[1]:
-        tokens[:, column] = written
-        if logprobs is not None:
-            logprobs[:, column] = logprob
-        if guided_logprobs is not None:
-            guided_logprobs[:, column] = guided_logprob
-    x.view(-1, rows, x.shape[1])[:] = table[written]
-    if bad.any() and not error.any():
-        error.fill_(1 + column * rows + int(bad.nonzero()[0]))
-    step += 1
+    written = token
+    if state.alive is not None:
+        bad &= state.alive
+        logprob = torch.where(state.alive, logprob, 0)
+        guided_logprob = torch.where(state.alive, guided_logprob, 0)
+        written = torch.where(state.alive, token, state.pad)
+        state.alive &= token != state.eos
+    if column < state.tokens.shape[1]:
+        state.tokens[:, column] = written
+        if state.logprobs is not None:
+            state.logprobs[:, column] = logprob
+        if state.guided_logprobs is not None:
+            state.guided_logprobs[:, column] = guided_logprob
+    state.x.view(-1, rows, state.x.shape[1])[:] = state.table[written]
+    if bad.any() and not state.error.any():
+        state.error.fill_(1 + column * rows + int(bad.nonzero()[0]))
+    state.step += 1
 
 
 def head_logits(
