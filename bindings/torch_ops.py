@@ -6,6 +6,8 @@ Arguments are those of the functions of the same name; results are always new te
 that an op writes are marked in its schema. A seed must fit in a signed 64-bit integer.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -15,6 +17,8 @@ from kernels.decode_attention import decode_attention
 from kernels.head_sample import head_sample
 from kernels.kv_append import kv_append
 from kernels.sample_step import sample_step
+from kernels.state import Draw, LayerCache, StepState
+from kernels.tiling import prefix_of_rows
 
 _STATE = (
     "Tensor(a!) step, int step_offset, Tensor table, Tensor(b!) x, Tensor(c!) tokens, "
@@ -98,8 +102,74 @@ def _linear_logprobs_backward(
     return [g for g in gradients if g is not None]
 
 
-def _kv_append(*tensors: Tensor, heads: int) -> Tensor:
-    return kv_append(*tensors, heads=heads).contiguous()  # a slice on CPU
+def _kv_append(
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    first_positions: Tensor,
+    step: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    *,
+    heads: int,
+) -> Tensor:
+    cache = _cache(step, keys, values, first_positions=first_positions)
+    return kv_append(qkv, cos, sin, cache, heads=heads).contiguous()  # a slice on CPU
+
+
+def _decode_attention(
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    step: Tensor,
+    prefix_keys: Tensor,
+    prefix_values: Tensor,
+    prefix_lengths: Tensor,
+    tiles: Tensor,
+    *,
+    scale: float,
+) -> Tensor:
+    cache = _cache(
+        step,
+        keys,
+        values,
+        prefix_keys=prefix_keys,
+        prefix_values=prefix_values,
+        prefix_lengths=prefix_lengths,
+        tiles=tiles,
+    )
+    # Tiles name each row's prefix; only what runs on a CPU goes by row.
+    if q.device.type == "cpu":
+        cache.row_prefix = prefix_of_rows(tiles, len(q))
+    return decode_attention(q, cache, scale=scale)
+
+
+def _cache(step: Tensor, keys: Tensor, values: Tensor, **given: Tensor) -> LayerCache:
+    """A cache of which an op reads the given parts alone."""
+    parts = ("first_positions", "prefix_keys", "prefix_values", "prefix_lengths", "tiles")
+    unread = {name: step for name in (*parts, "row_prefix")}
+    if "prefix_lengths" in given:
+        unread["row_prefix"] = torch.zeros_like(given["prefix_lengths"])
+    return LayerCache(step=step, keys=keys, values=values, **(unread | given))
+
+
+def _sample_step(cond: Tensor, uncond: Tensor | None, **options: Any) -> None:
+    sample_step(cond, uncond, *_draw_and_state(options))
+
+
+def _head_sample(
+    cond: Tensor, uncond: Tensor | None, weight: Tensor, bias: Tensor | None, **options: Any
+) -> None:
+    head_sample(cond, uncond, weight, bias, *_draw_and_state(options))
+
+
+def _draw_and_state(options: dict[str, Any]) -> tuple[Draw, StepState]:
+    """The two objects from the schemas' keywords."""
+    draw = {name: options.pop(name) for name in _DRAWN if name in options}
+    return Draw(first_step=options.pop("step_offset"), **draw), StepState(**options)
+
+
+_DRAWN = ("cfg_weight", "temperature", "seed", "top_k", "top_p", "greedy")
 
 
 _IMPLEMENTATIONS = {
@@ -108,9 +178,9 @@ _IMPLEMENTATIONS = {
     "add_rms_norm": _add_rms_norm,
     "swiglu": kernels.swiglu,
     "kv_append": _kv_append,
-    "decode_attention": decode_attention,
-    "sample_step": sample_step,
-    "head_sample": head_sample,
+    "decode_attention": _decode_attention,
+    "sample_step": _sample_step,
+    "head_sample": _head_sample,
     "linear_logprobs": _linear_logprobs,
     "linear_logprobs_backward": _linear_logprobs_backward,
 }

@@ -59,3 +59,11 @@ def prefix_tiles(row_prefix: Tensor, max_rows: int) -> Tensor:
         else:
             tiles.append([row, 1, prefix])
     return torch.tensor(tiles, dtype=torch.int32, device=row_prefix.device).view(-1, 3)
+
+
+def prefix_of_rows(tiles: Tensor, rows: int) -> Tensor:
+    """(T, 3) tiles -> (R,) int32, the prefix of each row; 0 for rows in none. Reads tiles."""
+    row_prefix = torch.zeros(rows, dtype=torch.int32)
+    for first, count, index in tiles.tolist():
+        row_prefix[first : first + count] = index
+    return row_prefix.to(tiles.device)

@@ -15,6 +15,7 @@ from kernels.decode_attention import decode_attention
 from kernels.kv_append import kv_append
 from kernels.reference import attention as reference_attention
 from kernels.reference import layer as reference_layer
+from kernels.state import LayerCache
 from kernels.tiling import prefix_tiles
 
 
@@ -98,10 +99,22 @@ def append(s: Step) -> Case:
         angles = torch.rand(s.prefix + s.suffix, head_dim // 2, device=s.device) * 6.28
         cos, sin = angles.cos(), angles.sin()
         first, at = s.index([s.prefix] * rows), s.index([s.step])
+        none = cache[0, :0, :, :0]
+        layer = LayerCache(
+            step=at,
+            first_positions=first,
+            keys=cache[0],
+            values=cache[1],
+            prefix_keys=none,
+            prefix_values=none,
+            prefix_lengths=torch.zeros_like(first),
+            tiles=s.index([]).view(0, 3),
+            row_prefix=torch.zeros_like(first),
+        )
         out = torch.full((rows, heads, head_dim), torch.nan, dtype=s.dtype, device=s.device)
 
         def run() -> Tensor:
-            return kv_append(qkv, cos, sin, first, at, *cache, heads=heads, out=out)
+            return kv_append(qkv, cos, sin, layer, heads=heads, out=out)
 
         def errors() -> tuple[float, float]:
             got = run(), cache[0, :, :, s.step], cache[1, :, :, s.step]
@@ -133,9 +146,20 @@ def attend(s: Step) -> Case:
         tiles = prefix_tiles(row_prefix, 16).to(s.device)
         out = torch.full((rows, heads * head_dim), torch.nan, dtype=s.dtype, device=s.device)
         scale = head_dim**-0.5
+        cache = LayerCache(
+            step=at,
+            first_positions=lengths,
+            keys=suffix[0],
+            values=suffix[1],
+            prefix_keys=prefix[0],
+            prefix_values=prefix[1],
+            prefix_lengths=lengths,
+            tiles=tiles,
+            row_prefix=row_prefix.to(s.device, torch.int32),
+        )
 
         def run() -> Tensor:
-            return decode_attention(q, *suffix, at, *prefix, lengths, tiles, scale=scale, out=out)
+            return decode_attention(q, cache, scale=scale, out=out)
 
         def errors() -> tuple[float, float]:
             used = suffix[:, :, :, : s.step + 1]

@@ -4,7 +4,6 @@ A sampled token is right when its perturbed logit in fp64 is within a tie of the
 """
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,9 +15,11 @@ from kernels.head_sample import head_sample, head_workspace
 from kernels.philox import gumbel
 from kernels.reference.sampling import head_logits
 from kernels.sample_step import sample_step, sample_workspace
+from kernels.state import Draw, StepState
 
 TIE = 1e-3
 SEED, NOISE_STEP = 11, 1 << 20
+DRAW = Draw(cfg_weight=CFG_WEIGHT, seed=SEED, first_step=NOISE_STEP)
 
 
 def draw_errors(
@@ -38,30 +39,27 @@ def draw_errors(
     return worst, 1.0
 
 
-def _rollout_state(s: Step, table: Tensor) -> dict[str, Any]:
+def _rollout_state(s: Step, table: Tensor, workspace: Tensor) -> StepState:
     """Outputs of a sampling step that writes column 0."""
     images, width = s.images, s.shape.width
     floats = torch.zeros((2, images, s.suffix), device=s.device)
-    return {
-        "cfg_weight": CFG_WEIGHT,
-        "temperature": 1.0,
-        "seed": SEED,
-        "sample_ids": torch.arange(images, device=s.device),
-        "step": s.index([0]),
-        "step_offset": NOISE_STEP,
-        "table": table,
-        "x": s.normal(2 * images, width),
-        "tokens": torch.zeros((images, s.suffix), dtype=torch.int64, device=s.device),
-        "logprobs": floats[0],
-        "guided_logprobs": floats[1],
-        "error": torch.zeros(1, dtype=torch.int64, device=s.device),
-    }
+    return StepState(
+        step=s.index([0]),
+        sample_ids=torch.arange(images, device=s.device),
+        table=table,
+        x=s.normal(2 * images, width),
+        tokens=torch.zeros((images, s.suffix), dtype=torch.int64, device=s.device),
+        logprobs=floats[0],
+        guided_logprobs=floats[1],
+        error=torch.zeros(1, dtype=torch.int64, device=s.device),
+        workspace=workspace,
+    )
 
 
-def _first_column(state: dict[str, Any]) -> Tensors:
+def _first_column(state: StepState) -> Tensors:
     """What step 0 wrote."""
-    assert not state["error"].any()
-    return tuple(state[name][:, 0] for name in ("tokens", "logprobs", "guided_logprobs"))
+    assert not state.error.any()
+    return state.tokens[:, 0], state.logprobs[:, 0], state.guided_logprobs[:, 0]
 
 
 def cfg(s: Step) -> Case:
@@ -96,16 +94,15 @@ def sample(s: Step) -> Case:
 
     def prepare() -> Call:
         cond, uncond = s.normal(2 * images, vocab, scale=3.0).split(images)
-        state = _rollout_state(s, table)
-        scratch = sample_workspace(images, vocab, s.device)
+        state = _rollout_state(s, table, sample_workspace(images, vocab, s.device))
 
         def run() -> None:
-            sample_step(cond, uncond, workspace=scratch, **state)
+            sample_step(cond, uncond, DRAW, state)
 
         def errors() -> tuple[float, float]:
             run()
             wide = cond.double(), uncond.double()
-            return draw_errors(lambda: wide, _first_column(state), state["sample_ids"], TIE / 10)
+            return draw_errors(lambda: wide, _first_column(state), state.sample_ids, TIE / 10)
 
         return Call(run, errors)
 
@@ -130,18 +127,18 @@ def _head(s: Step, *, fused: bool) -> Case:
         inputs = s.normal(2 * images, width)
         cond, uncond = inputs.split(images)
         weight, bias = s.normal(vocab, width, scale=3 * width**-0.5), s.normal(vocab)
-        state = _rollout_state(s, table)
         logits = s.normal(2 * images, vocab)
         scratch = sample_workspace(images, vocab, s.device)
         if fused:
             scratch = head_workspace(cond, weight)
+        state = _rollout_state(s, table, scratch)
 
         def run() -> None:
             if fused:
-                head_sample(cond, uncond, weight, bias, workspace=scratch, **state)
+                head_sample(cond, uncond, weight, bias, DRAW, state)
                 return
             torch.addmm(bias, inputs, weight.t(), out=logits)
-            sample_step(*logits.split(images), workspace=scratch, **state)
+            sample_step(*logits.split(images), DRAW, state)
 
         def errors() -> tuple[float, float]:
             run()
@@ -149,7 +146,7 @@ def _head(s: Step, *, fused: bool) -> Case:
             # Rounded logits of about 3 are off by 2^-8 * 8, which guidance enlarges ninefold.
             tie = TIE if fused else TIE + 9 * 8 * EPS[s.dtype]
             column = _first_column(state)
-            return draw_errors(lambda: head_logits(*wide), column, state["sample_ids"], tie)
+            return draw_errors(lambda: head_logits(*wide), column, state.sample_ids, tie)
 
         return Call(run, errors)
 

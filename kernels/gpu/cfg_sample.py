@@ -9,7 +9,6 @@ from kernels.gpu.launch import BYTES, DecodeShape, Launch
 from kernels.gpu.sampling import (
     DRAWN_NOISE,
     FIELDS,
-    GIVEN_NOISE,
     NO_NOISE,
     TICKETS,
     is_last,
@@ -38,7 +37,6 @@ def _cfg_sample_kernel(
     uncond_ptr,
     stride_uncond,
     kept_ptr,
-    noise_ptr,
     sample_ids_ptr,
     seed,
     step,
@@ -66,7 +64,6 @@ def _cfg_sample_kernel(
         uncond_ptr,
         stride_uncond,
         kept_ptr,
-        noise_ptr,
         sample_ids_ptr,
         row,
         use_row,
@@ -175,10 +172,9 @@ def launches(shape: DecodeShape) -> list[Launch]:
             ("", DRAWN_NOISE, False),
             (" greedy", NO_NOISE, False),
             (" top", DRAWN_NOISE, True),
-            (" given noise", GIVEN_NOISE, False),
         ):
             inputs, scratch = logit_traffic(rows, vocab, shape.dtype, guided, has_kept)
-            inputs += rows * vocab * 4 * (noise == GIVEN_NOISE) + rows * 24
+            inputs += rows * 24
             result.append(
                 Launch(
                     name=f"cfg_sample {name}{variant}",
@@ -189,7 +185,6 @@ def launches(shape: DecodeShape) -> list[Launch]:
                         "ids_ptr": "*i64",
                         "logprobs_ptr": "*fp32",
                         "guided_logprobs_ptr": "*fp32",
-                        "noise_ptr": "*fp32",
                         "seed": "i64",
                         "step": "i32",
                     },
@@ -199,7 +194,6 @@ def launches(shape: DecodeShape) -> list[Launch]:
                         "ids_ptr",
                         "logprobs_ptr",
                         "guided_logprobs_ptr",
-                        "noise_ptr",
                         *aligned(vocab),
                     ),
                     num_warps=tile_config(vocab)[2],
@@ -210,7 +204,7 @@ def launches(shape: DecodeShape) -> list[Launch]:
                         "ids_ptr",
                         "logprobs_ptr",
                         "guided_logprobs_ptr",
-                        *narrow(vocab, ("noise_ptr",)),
+                        *narrow(vocab),
                     ),
                 )
             )
@@ -260,10 +254,10 @@ def aligned(vocab: int) -> tuple[str, ...]:
     return (*pointers, "vocab", "stride_cond", "stride_uncond") if vocab % 16 == 0 else pointers
 
 
-def narrow(vocab: int, more: tuple[str, ...] = ()) -> tuple[str, ...]:
+def narrow(vocab: int) -> tuple[str, ...]:
     """Pointers with a few numbers a row; the logits too, where rows cannot all be aligned."""
     few = ("partials_ptr", "tickets_ptr", "sample_ids_ptr")
-    return few if vocab % 16 == 0 else (*few, "cond_ptr", "uncond_ptr", "kept_ptr", *more)
+    return few if vocab % 16 == 0 else (*few, "cond_ptr", "uncond_ptr", "kept_ptr")
 
 
 SHARED_POINTERS = ("partials", "tickets", "cond", "uncond", "kept", "sample_ids")

@@ -111,7 +111,6 @@ def _sample_step_kernel(
         uncond_ptr,
         stride_uncond,
         kept_ptr,
-        kept_ptr,
         sample_ids_ptr,
         row,
         use_row,

@@ -23,8 +23,8 @@ BEST, INDEX, GUIDED_MAX, GUIDED_SUM, GUIDED_AT, COND_MAX, COND_SUM, COND_AT = (
 _FIELDS = tl.constexpr(FIELDS)
 
 # Where the noise comes from.
-NO_NOISE, DRAWN_NOISE, GIVEN_NOISE = 0, 1, 2
-DRAWN, GIVEN = tl.constexpr(DRAWN_NOISE), tl.constexpr(GIVEN_NOISE)
+NO_NOISE, DRAWN_NOISE = 0, 1
+DRAWN = tl.constexpr(DRAWN_NOISE)
 
 # Tickets: [0] first bad row, [1] groups that are done, then one for each group.
 BAD, DONE, TICKETS = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
@@ -163,7 +163,6 @@ def sample_tile(
     uncond_ptr,
     stride_uncond,
     kept_ptr,
-    noise_ptr,
     sample_ids_ptr,
     row,
     use_row,
@@ -184,7 +183,6 @@ def sample_tile(
 
     Logits outside `read_row` count as 0.
     kept (B, V) fp32, contiguous: tempered guided logits, -inf where top-k or top-p excludes.
-    noise (B, V) fp32, contiguous: for NOISE == GIVEN.
     """
     first = tile * BLOCK
     column = first + tl.arange(0, BLOCK)[None, :]
@@ -205,8 +203,6 @@ def sample_tile(
     if NOISE == DRAWN:
         sample_ids = tl.load(sample_ids_ptr + row, mask=use_row, other=0)
         score += gumbel_noise(seed, step, sample_ids, first, BLOCK)
-    if NOISE == GIVEN:
-        score += tl.load(noise_ptr + row[:, None] * vocab + column, mask=mask, other=0.0)
     store_partials(
         partials_ptr, row, use_row, tile, tiles, vocab, cond, guided, score, GUIDED, BLOCK
     )

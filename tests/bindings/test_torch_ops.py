@@ -6,6 +6,7 @@ import torch
 import kernels
 from bindings import torch_ops
 from kernels.sample_step import sample_workspace
+from kernels.state import Draw, LayerCache, StepState
 from kernels.tiling import prefix_tiles
 
 ops = torch.ops.t2i
@@ -129,9 +130,34 @@ def direct(name, args, kwargs):
             leaf.requires_grad_()
         logprobs = kernels.linear_logprobs(*args[:3], **options)
         return torch.autograd.grad(logprobs, leaves, slopes)
-    module = getattr(kernels, name, None)
-    function = module if callable(module) else getattr(module, name)
-    return function(*args, **kwargs)
+    if name in ("kv_append", "decode_attention"):
+        return cache_op(name, args, kwargs)
+    if name in ("sample_step", "head_sample"):
+        drawn = ("cfg_weight", "temperature", "seed", "top_k", "top_p")
+        how = {k: kwargs[k] for k in drawn if k in kwargs} | {"first_step": kwargs["step_offset"]}
+        written = {k: v for k, v in kwargs.items() if k not in (*drawn, "step_offset")}
+        return getattr(kernels, name)(*args, Draw(**how), StepState(**written))
+    return getattr(kernels, name)(*args, **kwargs)
+
+
+def cache_op(name, args, kwargs):
+    """The op on a cache whose rows 0 and 1 share prefix 0; row 2 has prefix 1."""
+    *head, first, step, keys, values = (
+        args if name == "kv_append" else (*args[:1], None, None, *args[1:3])
+    )
+    prefix = [keys, keys, index(0, 0, 0), index().view(0, 3)] if name == "kv_append" else args[4:]
+    cache = LayerCache(
+        step=args[3] if step is None else step,
+        first_positions=prefix[2] if first is None else first,
+        keys=keys,
+        values=values,
+        prefix_keys=prefix[0],
+        prefix_values=prefix[1],
+        prefix_lengths=prefix[2],
+        tiles=prefix[3],
+        row_prefix=index(0, 0, 1),
+    )
+    return getattr(kernels, name)(*head, cache, **kwargs)
 
 
 def flat(result, args, kwargs):

@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels import cfg_sample, linear_grpo_loss, linear_logprobs
+from kernels import cfg_sample, linear_grpo_loss, linear_logprobs, reference
 from kernels.philox import gumbel, philox
+from kernels.state import Draw
 
 FP64 = torch.float64
 
@@ -111,7 +112,8 @@ def test_draw_depends_on_seed_sample_and_step_only():
     for whole, part in zip((ids, logprobs, guided), again, strict=True):
         assert torch.equal(whole[order], part)
     noise = gumbel(7, torch.arange(64), torch.tensor([4]), 33)[0]
-    assert torch.equal(ids, sample(cond, uncond, temperature=3.0, step=4, noise=noise)[0])
+    draw = Draw(cfg_weight=5.0, temperature=3.0)
+    assert torch.equal(ids, reference.cfg_sample(cond, uncond, noise, draw)[0])
     for change in ({"seed": 8}, {"step": 5}, {"sample_ids": torch.arange(64) + 2**32}):
         other = sample(cond, uncond, **({"temperature": 3.0, "step": 4} | change))[0]
         assert (other != ids).any(), change

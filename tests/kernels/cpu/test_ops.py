@@ -18,6 +18,7 @@ from kernels import decode_attention, prefix_tiles, rms_norm, sample_step, swigl
 from kernels.cpu import build, launch
 from kernels.cpu.linear import PanelLinear
 from kernels.reference import attention as reference_attention
+from kernels.state import Draw, LayerCache, StepState
 
 pytestmark = pytest.mark.usefixtures("c_ops")
 
@@ -105,8 +106,18 @@ def test_attention_on_every_instruction_set(machine, head_dim):
     tiles = prefix_tiles(torch.zeros(3, dtype=torch.int64), 3)
     for length in (1, 17, 141):
         step = torch.tensor([length - 1], dtype=torch.int32)
-        cached = (keys, values, step, prefix_keys, prefix_values, lengths, tiles)
-        got = decode_attention(q, *cached, scale=scale)
+        cache = LayerCache(
+            step=step,
+            first_positions=lengths,
+            keys=keys,
+            values=values,
+            prefix_keys=prefix_keys,
+            prefix_values=prefix_values,
+            prefix_lengths=lengths,
+            tiles=tiles,
+            row_prefix=torch.zeros(3, dtype=torch.int32),
+        )
+        got = decode_attention(q, cache, scale=scale)
         truth = reference_attention.decode_attention(
             q.double(),
             keys.double(),
@@ -132,10 +143,10 @@ def draw(cond: torch.Tensor, uncond: torch.Tensor, **options) -> dict[str, torch
         "guided_logprobs": torch.empty(rows, 1),
         "error": torch.zeros(1, dtype=torch.int64),
     }
-    settings = {"cfg_weight": 5.0, "temperature": 1.0, "seed": 2**63 + 5, "step_offset": 1 << 20}
-    settings |= {"sample_ids": torch.arange(rows) * (2**33 + 1)} | options
+    how = Draw(**({"cfg_weight": 5.0, "seed": 2**63 + 5, "first_step": 1 << 20} | options))
+    ids = torch.arange(rows) * (2**33 + 1)
     table = torch.arange(cond.shape[1], dtype=torch.float32)[:, None]
-    sample_step(cond, uncond, table=table, **settings, **written)
+    sample_step(cond, uncond, how, StepState(sample_ids=ids, table=table, **written))
     return written
 
 
@@ -194,11 +205,30 @@ def test_arguments_are_laid_out_as_the_header_says(monkeypatch):
     launch.launch_linear(x, x, None, x, False)
     launch.launch_rms_norm(x, x, 1e-6, None, x, None)
     launch.launch_swiglu(x, x)
-    launch.launch_kv_append(x, x, x, index, index, cache, cache, 1, cache[0])
-    launch.launch_decode_attention(
-        cache[0], cache, cache, index, cache, cache, index, index, 1.0, x
+    layer = LayerCache(
+        step=index,
+        first_positions=index,
+        keys=cache,
+        values=cache,
+        prefix_keys=cache,
+        prefix_values=cache,
+        prefix_lengths=index,
+        tiles=index,
+        row_prefix=index,
     )
-    draw(x, x)
+    launch.launch_kv_append(x, x, x, layer, 1, cache[0])
+    launch.launch_decode_attention(cache[0], layer, 1.0, x)
+    state = StepState(
+        step=index,
+        sample_ids=index,
+        table=x,
+        x=x,
+        tokens=x,
+        logprobs=None,
+        guided_logprobs=None,
+        error=index,
+    )
+    launch.launch_sample_step(x, None, None, Draw(), state)
     assert passed == declared and len(declared) == 6
 
 

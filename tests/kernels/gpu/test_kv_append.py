@@ -9,6 +9,7 @@ from kernels import kv_append
 from kernels.gpu import kv_append as gpu_kv_append
 from kernels.gpu.launch import DecodeShape
 from kernels.reference import attention as reference_attention
+from kernels.state import LayerCache
 
 pytestmark = pytest.mark.usefixtures("nearest_rounding")
 
@@ -45,8 +46,19 @@ class Case:
         self.keys, self.values = self.cache[1]
 
     def run(self, **overrides) -> Tensor:
-        inputs = (self.qkv, self.cos, self.sin, self.first, self.step, self.keys, self.values)
-        return kv_append(*inputs, **({"heads": self.heads} | overrides))
+        none = self.first.new_zeros(0)
+        cache = LayerCache(
+            step=self.step,
+            first_positions=self.first,
+            keys=self.keys,
+            values=self.values,
+            prefix_keys=none,
+            prefix_values=none,
+            prefix_lengths=none,
+            tiles=none,
+            row_prefix=none,
+        )
+        return kv_append(self.qkv, self.cos, self.sin, cache, **({"heads": self.heads} | overrides))
 
     def expected(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
         at = self.first.long() + self.step

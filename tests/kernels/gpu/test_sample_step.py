@@ -9,6 +9,7 @@ from torch import Tensor
 
 from kernels import error_place, head_sample, head_workspace, sample_step, sample_workspace
 from kernels.reference import guide, linear_logits, log_softmax_at
+from kernels.state import Draw, StepState
 
 WIDTH, STEPS, OFFSET = 20, 4, 1 << 20
 
@@ -66,6 +67,24 @@ def draw_arguments(rows: int, device: str) -> dict[str, Any]:
     }
 
 
+def objects(options: dict[str, Any]) -> tuple[Draw, StepState]:
+    """A step's two objects from its settings by name; tensors are shared."""
+    drawn = ("cfg_weight", "temperature", "seed", "top_k", "top_p", "greedy")
+    draw = {name: options[name] for name in drawn if name in options}
+    written = {k: v for k, v in options.items() if k not in (*drawn, "step_offset")}
+    return Draw(first_step=options["step_offset"], **draw), StepState(**written)
+
+
+def sample(cond: Tensor, uncond: Tensor | None, **options) -> None:
+    sample_step(cond, uncond, *objects(options))
+
+
+def head(
+    cond: Tensor, uncond: Tensor | None, weight: Tensor, bias: Tensor | None, **options
+) -> None:
+    head_sample(cond, uncond, weight, bias, *objects(options))
+
+
 def logits_of(step: int, rows: int, vocab: int) -> Tensor:
     return torch.randn(2, rows, vocab, generator=torch.Generator().manual_seed(step)) * 2
 
@@ -88,7 +107,7 @@ def test_a_rollout_matches_pytorch(rows, vocab, paired, options, kernel, on_pyto
     for step in range(STEPS + 1):
         cond, uncond = logits_of(step, rows, vocab)
         on_pytorch(
-            sample_step,
+            sample,
             cond,
             uncond if paired else None,
             **draw_arguments(rows, "cpu"),
@@ -96,7 +115,7 @@ def test_a_rollout_matches_pytorch(rows, vocab, paired, options, kernel, on_pyto
             **theirs,
         )
         cond, uncond = cond.to(kernel), uncond.to(kernel)
-        sample_step(
+        sample(
             cond,
             uncond if paired else None,
             workspace=workspace,
@@ -121,8 +140,8 @@ def test_text_rows_end_at_eos(kernel, on_pytorch):
         cond = logits_of(step, rows, vocab)[0]
         cond[:, eos] += 3
         cond[~theirs["alive"]] = math.nan  # not read, and no fault
-        on_pytorch(sample_step, cond, None, **draw_arguments(rows, "cpu"), **theirs)
-        sample_step(cond.to(kernel), None, **draw_arguments(rows, kernel), **ours)
+        on_pytorch(sample, cond, None, **draw_arguments(rows, "cpu"), **theirs)
+        sample(cond.to(kernel), None, **draw_arguments(rows, kernel), **ours)
     assert_same_state(ours, theirs)
     tokens, alive = ours["tokens"], ours["alive"]
     ended = (tokens == eos).any(1)
@@ -145,7 +164,7 @@ def test_first_unusable_logits_are_reported(kernel):
             cond[66] = -math.inf
         if step == 2:
             cond[0, 0] = math.nan
-        sample_step(cond, uncond, **draw_arguments(rows, kernel), **ours)
+        sample(cond, uncond, **draw_arguments(rows, kernel), **ours)
     assert error_place(ours["error"], rows) == (66, 1)
     assert ours["error"].item() == 1 + 1 * rows + 66
     assert ((ours["tokens"] >= 0) & (ours["tokens"] < vocab)).all()
@@ -160,9 +179,9 @@ def test_seed_on_the_device_and_outputs_left_out(kernel):
     cond, uncond = logits_of(0, rows, vocab).to(kernel)
     arguments = draw_arguments(rows, kernel)
     seed = torch.tensor([arguments["seed"]], device=kernel)
-    sample_step(cond, uncond, **arguments, **plain)
+    sample(cond, uncond, **arguments, **plain)
     other |= {"logprobs": None, "guided_logprobs": None}
-    sample_step(cond, uncond, **(arguments | {"seed": seed}), **other)
+    sample(cond, uncond, **(arguments | {"seed": seed}), **other)
     assert torch.equal(plain["tokens"], other["tokens"])
     assert torch.equal(plain["x"], other["x"])
 
@@ -200,8 +219,8 @@ def test_head_matches_pytorch(kind, rows, vocab, width, dtype, device, on_pytorc
     workspace = head_workspace(cond, weight)
     for _ in range(1 if rows == 70 else 2):
         plain = [None if t is None else t.cpu() for t in (cond, uncond, weight, bias)]
-        on_pytorch(head_sample, *plain, **draw_arguments(rows, "cpu"), **theirs)
-        head_sample(
+        on_pytorch(head, *plain, **draw_arguments(rows, "cpu"), **theirs)
+        head(
             cond,
             uncond,
             weight,
@@ -216,7 +235,7 @@ def test_head_matches_pytorch(kind, rows, vocab, width, dtype, device, on_pytorc
     # The same draw as from logits in memory.
     logits = [None if t is None else linear_logits(t, weight, bias, 1.0) for t in (cond, uncond)]
     again = state(rows, vocab, paired=uncond is not None, eos=None, device=device)
-    sample_step(*logits, **draw_arguments(rows, device), **again)
+    sample(*logits, **draw_arguments(rows, device), **again)
     assert torch.equal(again["tokens"][:, 0], ours["tokens"][:, 0])
 
 
@@ -230,7 +249,7 @@ def test_head_against_fp64(guided_only, scale, device, interpreter):
     ours = state(rows, vocab, paired=True, eos=None, device=device)
     ours["logprobs"] = None if guided_only else ours["logprobs"]
     arguments = draw_arguments(rows, device) | {"temperature": 0.9 * scale}
-    head_sample(cond, uncond, weight, bias, **arguments, **ours)
+    head(cond, uncond, weight, bias, **arguments, **ours)
     ids = ours["tokens"][:, 0]
 
     def guided_logprob(inputs: tuple[Tensor, ...]) -> Tensor:
@@ -253,7 +272,7 @@ def test_head_reports_unusable_rows_and_ends_text(device, interpreter):
     ours = state(rows, vocab, paired=False, eos=eos, device=device)
     ours["alive"][3] = False
     weight[eos] = cond[5]  # a sure end
-    head_sample(cond, None, weight, None, **draw_arguments(rows, device), **ours)
+    head(cond, None, weight, None, **draw_arguments(rows, device), **ours)
     assert error_place(ours["error"], rows) == (17, 0)
     assert ours["tokens"][3, 0] == 3 and ours["logprobs"][3, 0] == 0
     assert ours["tokens"][5, 0] == eos
@@ -278,9 +297,17 @@ def test_wrong_arguments_are_named(change, message, interpreter):
     cond, uncond = logits_of(0, 3, 9)
     arguments = draw_arguments(3, "cpu") | state(3, 9, paired=True, eos=None, device="cpu")
     with pytest.raises(ValueError, match=message):
-        sample_step(cond, uncond, **(arguments | change))
+        sample(cond, uncond, **(arguments | change))
     cond, uncond, weight, bias = head_inputs(3, 9, 16, torch.float32, "cpu")
     with pytest.raises(ValueError, match=message):
-        head_sample(cond, uncond, weight, bias, **(arguments | change))
+        head(cond, uncond, weight, bias, **(arguments | change))
     with pytest.raises(ValueError, match="weight: wanted"):
-        head_sample(cond, uncond, weight.half(), bias, **arguments)
+        head(cond, uncond, weight.half(), bias, **arguments)
+
+
+def test_a_fused_head_refuses_top_k(interpreter):
+    cond, uncond, weight, bias = head_inputs(3, 9, 16, torch.float32, "cpu")
+    options = draw_arguments(3, "cpu") | state(3, 9, paired=True, eos=None, device="cpu")
+    for change in ({"top_k": 3}, {"top_p": 0.5}):
+        with pytest.raises(ValueError, match="^top_k, top_p: wanted 0 and 1"):
+            head(cond, uncond, weight, bias, **(options | change))

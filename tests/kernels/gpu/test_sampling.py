@@ -9,6 +9,7 @@ from torch import Tensor
 from kernels import cfg_sample, reference
 from kernels.gpu import cfg_sample as gpu_cfg_sample
 from kernels.philox import gumbel
+from kernels.state import Draw
 
 SEED = 2**40 + 3
 
@@ -49,9 +50,8 @@ def by_pytorch(cond: Tensor, uncond: Tensor | None = None, **overrides):
         patch.setenv("TRITON_INTERPRET", "0")
         ids = torch.arange(len(cond), device=cond.device) + 2**33
         noise = gumbel(SEED, ids, torch.tensor([11], device=cond.device), cond.shape[1])[0]
-        options = {"cfg_weight": 3.0, "temperature": 1.0, "top_k": 0, "top_p": 1.0} | overrides
-        noise = None if options.pop("greedy", False) else noise
-        return reference.cfg_sample(cond, uncond, noise, **options)
+        draw = Draw(**({"cfg_weight": 3.0} | overrides))
+        return reference.cfg_sample(cond, uncond, None if draw.greedy else noise, draw)
 
 
 def assert_same(got, expected, rtol: float = 0.0) -> None:
@@ -133,14 +133,6 @@ def test_seed_is_taken_modulo_two_to_the_64(device):
     )
 
 
-def test_given_noise_is_used(device):
-    cond, uncond = logits(6, 45, device)
-    noise = torch.zeros(6, 45, device=device)
-    assert torch.equal(sample(cond, uncond, noise=noise)[0], sample(cond, uncond, greedy=True)[0])
-    noise[:, 9] = 1e6
-    assert (sample(cond, uncond, noise=noise)[0] == 9).all()
-
-
 def test_greedy_and_ties_take_the_first(device):
     cond, uncond = logits(4, 4100, device)
     assert_same(sample(cond, uncond, greedy=True), by_pytorch(cond, uncond, greedy=True))
@@ -188,8 +180,9 @@ def test_extreme_logits_against_fp64(dtype, device):
     cond[1], uncond[1] = -1e4, -1e4
     cond, uncond = cond.to(device, dtype), uncond.to(device, dtype)
     ids, logprobs, guided = sample(cond, uncond, temperature=100.0)
-    exact = reference.tempered(cond.double(), uncond.double(), 3.0, 100.0)
-    eager = reference.tempered(cond, uncond, 3.0, 100.0)
+    draw = Draw(cfg_weight=3.0, temperature=100.0)
+    exact = reference.tempered(cond.double(), uncond.double(), draw)
+    eager = reference.tempered(cond, uncond, draw)
     for ours, truth, plain in zip((logprobs, guided), exact, eager, strict=True):
         truth = reference.log_softmax_at(truth, ids)
         error = (ours - truth).abs()
@@ -224,7 +217,6 @@ def test_chi_square_of_a_million_draws(monkeypatch):
         ({"cond": torch.zeros(4, 3).T}, "cond: wanted a last stride of 1"),
         ({"cond": torch.zeros(3, 4, dtype=torch.float64)}, "cond: wanted bf16"),
         ({"uncond": torch.zeros(3, 5)}, "uncond: wanted"),
-        ({"noise": torch.zeros(3, 5)}, "noise: wanted"),
         ({"sample_ids": torch.arange(2)}, "sample_ids: wanted"),
         ({"sample_ids": torch.arange(3).int()}, "sample_ids: wanted"),
         ({"temperature": 0.0}, "temperature: wanted"),
