@@ -25,7 +25,7 @@ def decode_attention(
     row's tokens may be anything, NaN included.
 
     Args:
-        q: (R, Hq, hd) bf16/fp16/fp32, hd a multiple of 16; last stride 1.
+        q: (R, Hq, hd) bf16/fp16/fp32, hd even, on CUDA a multiple of 16; last stride 1.
         cache: of q's dtype; Hkv divides Hq. Not range-checked on CUDA: step, prefix_lengths. A
             tile of more than `tile_rows` rows gives NaN there.
         scale: > 0, usually hd ** -0.5.
@@ -71,7 +71,7 @@ def decode_attention(
         raise ValueError(
             f"row_prefix: wanted 0 to {len(cache.prefix_keys) - 1}, got {named.tolist()}"
         )
-    if use_c(q) and head_dim <= MOST_HEAD_DIM_C:
+    if use_c(q) and head_dim % 16 == 0 and head_dim <= MOST_HEAD_DIM_C:
         from kernels.cpu.launch import launch_decode_attention as launch_in_c
 
         out = q.new_empty(rows, heads * head_dim) if out is None else out
@@ -145,9 +145,10 @@ def decode_attention_workspace(
 
 
 def _check(q: Tensor, cache: LayerCache) -> None:
-    if q.ndim != 3 or q.shape[2] % 16 or q.dtype not in DTYPES:
+    multiple = 16 if use_triton(q) else 2
+    if q.ndim != 3 or q.shape[2] % multiple or q.dtype not in DTYPES:
         raise ValueError(
-            "q: wanted (R, Hq, head_dim) bf16, fp16 or fp32, head_dim a multiple of 16, "
+            f"q: wanted (R, Hq, head_dim) bf16, fp16 or fp32, head_dim a multiple of {multiple}, "
             f"got {tuple(q.shape)} {q.dtype}"
         )
     rows, heads, head_dim = q.shape

@@ -49,7 +49,7 @@ def kv_append(
     slot = int(cache.step)
     if not 0 <= slot < keys.shape[2]:
         raise ValueError(f"step: wanted 0 to {keys.shape[2] - 1}, got {slot}")
-    if use_c(qkv) and keys.stride() == values.stride():
+    if use_c(qkv) and shape[2] % 16 == 0 and keys.stride() == values.stride():
         from kernels.cpu.launch import launch_kv_append as launch_in_c
 
         out = qkv.new_empty(shape) if out is None else out
@@ -63,9 +63,10 @@ def kv_append(
 
 def _check(qkv: Tensor, cos: Tensor, sin: Tensor, cache: LayerCache, heads: int) -> None:
     keys, values = cache.keys, cache.values
-    if keys.ndim != 4 or keys.shape[3] % 16:
+    multiple = 16 if use_triton(qkv) else 2
+    if keys.ndim != 4 or keys.shape[3] % multiple:
         raise ValueError(
-            f"keys: wanted (R, Hkv, S, head_dim), head_dim a multiple of 16, got "
+            f"keys: wanted (R, Hkv, S, head_dim), head_dim a multiple of {multiple}, got "
             f"{tuple(keys.shape)}"
         )
     rows, kv_heads, _, head_dim = keys.shape

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache, LlamaModel, StaticCache
 
+from bench.rollout.transformers_images import CACHE
 from engine.model.policy import Policy
 
 PUBLISHED_ROWS = 32  # rows of one chunk: 16 images
@@ -126,7 +127,7 @@ class EagerLoop:
         if given is not None:
             scores = torch.empty((3, count, steps), device=embeds.device)
         for step in range(steps):
-            output = self.llama(inputs_embeds=embeds, use_cache=True, past_key_values=cache)
+            output = self.llama(inputs_embeds=embeds, use_cache=True, **{CACHE: cache})
             logits = model.generation_head(output.last_hidden_state[:, -1])
             cond, uncond = logits[0::2], logits[1::2]
             guided = uncond + cfg_weight * (cond - uncond)

@@ -18,9 +18,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, JanusForConditionalGeneration, StaticCache
+from transformers import GenerationConfig, JanusForConditionalGeneration
 
 from bench.rollout.suite import CFG_WEIGHT, TIE, distinct_prompts, mini_policy
+from bench.rollout.transformers_images import generated_tokens
 from engine.model.policy import Policy
 from engine.rollout import sample_images
 from engine.settings.options import check_fields, option
@@ -124,27 +125,9 @@ def transformers_pictures(
     """(B, H, W, 3), about -1 to 1."""
     torch.manual_seed(seed)
     with torch.inference_mode():
-        return model.decode_image_tokens(transformers_tokens(model, prompts, do_sample=True))
-
-
-def transformers_tokens(
-    model: JanusForConditionalGeneration, prompts: list[Tensor], *, do_sample: bool
-) -> Tensor:
-    """(B, N) image tokens."""
-    ids = torch.stack(prompts)
-    length = ids.shape[1] + model.model.vision_model.config.num_image_tokens
-    # Else transformers would draw from the 50 likeliest, with one more pass over the logits.
-    whole = {"top_k": 0} if do_sample else {}
-    return model.generate(
-        input_ids=ids,
-        # Without a mask of its own, transformers' image mode fails.
-        attention_mask=torch.ones_like(ids),
-        generation_mode="image",
-        do_sample=do_sample,
-        # The one it would make itself; transformers 5.17 fails to, for want of an argument.
-        past_key_values=StaticCache(model.config.get_text_config(), max_cache_len=length),
-        **whole,
-    )
+        return model.decode_image_tokens(
+            generated_tokens(model, torch.stack(prompts), do_sample=True)
+        )
 
 
 def agree(policy: Policy, theirs: JanusForConditionalGeneration, prompts: list[Tensor]) -> bool:
@@ -152,7 +135,7 @@ def agree(policy: Policy, theirs: JanusForConditionalGeneration, prompts: list[T
 
     Tokens may part where transformers' own guided logits of the two are a tie.
     """
-    expected = transformers_tokens(theirs, prompts, do_sample=False)
+    expected = generated_tokens(theirs, torch.stack(prompts), do_sample=False)
     got = sample_images(policy, prompts, cfg_weight=CFG_WEIGHT, greedy=True).ids
     for prompt, wanted, found in zip(prompts, expected, got, strict=True):
         apart = (wanted != found).nonzero()

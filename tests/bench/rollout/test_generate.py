@@ -65,7 +65,7 @@ def test_tokens_may_part_at_a_tie_only(small, monkeypatch):
             head.weight[7], head.bias[7] = head.weight[5], head.bias[5]
             head.bias[[5, 7]] += 1000
     fives = torch.full((3, 16), 5)
-    monkeypatch.setattr(suite, "transformers_tokens", lambda *args, **more: fives)
+    monkeypatch.setattr(suite, "generated_tokens", lambda *args, **more: fives)
     ours = sample_images(policy, prompts, greedy=True)
     for other, allowed in ((7, True), (6, False)):
         drawn = fives.clone()

@@ -7,6 +7,7 @@ import torch
 from transformers import GenerationConfig
 
 import engine.rollout.step
+from bench.rollout.transformers_images import generated_tokens
 from engine.model.layers import Layer
 from engine.model.sequences import Sequences
 from engine.rollout import sample_images, sample_text
@@ -16,7 +17,6 @@ from engine.rollout.request import Prompts
 from engine.rollout.sample import text_request
 from engine.settings.errors import UserError
 from kernels.state import Draw
-from tests.engine.their_images import greedy_images
 
 pytestmark = pytest.mark.usefixtures("decoder")
 
@@ -125,7 +125,7 @@ def test_greedy_images_equal_transformers_generate(pair, make_prompts, kv_heads)
         guidance_scale=3.0,
         generation_kwargs={"boi_token_id": 3},
     )
-    expected = greedy_images(theirs, torch.stack(prompts))
+    expected = generated_tokens(theirs, torch.stack(prompts), do_sample=False)
     rollout = sample_images(ours, prompts, cfg_weight=3.0, greedy=True)
     assert len(set(map(tuple, expected.tolist()))) == 3
     assert torch.equal(rollout.ids, expected)
@@ -194,7 +194,9 @@ def test_prefix_is_computed_once_and_memory_does_not_grow(pair, make_prompts, mo
 
 
 @pytest.mark.parametrize("sampler", ["images", "text"])
-def test_portions_that_fit_the_cache_change_nothing(new_policy, make_prompts, monkeypatch, sampler):
+def test_portions_that_fit_the_cache_change_nothing(
+    new_policy, make_prompts, monkeypatch, sampler, decoder
+):
     """20 samples 9 at most at a time are 7, 7 and 6; a cache that holds 7 takes all at once."""
     policy, prompts = new_policy(), make_prompts(*[6, 9, 12, 7, 10] * 4)
     policy.eos = -1
@@ -222,7 +224,9 @@ def test_portions_that_fit_the_cache_change_nothing(new_policy, make_prompts, mo
         found.append(run())
     assert rows == [7, 7, 6, 20]
     assert torch.equal(found[0].ids, found[1].ids)
-    assert torch.equal(found[0].logprobs, found[1].logprobs)
+    # The C ops' rows do not depend on their number; a BLAS's rounding may.
+    atol = 0 if decoder == "C" else 1e-5
+    torch.testing.assert_close(found[0].logprobs, found[1].logprobs, rtol=0, atol=atol)
     if sampler == "text":
         assert torch.equal(found[0].mask, found[1].mask)
         assert len(set(found[0].mask.sum(1).tolist())) > 1

@@ -12,13 +12,13 @@ import torch
 from safetensors.torch import load_file
 from transformers import GenerationConfig, JanusForConditionalGeneration
 
+from bench.rollout.transformers_images import generated_tokens
 from engine import convert
 from engine.model.policy import Policy
 from engine.policy import load_policy, save_policy
 from engine.rollout import sample_images
 from engine.settings.errors import UserError
 from engine.weights.read import guidance_scale
-from tests.engine.their_images import greedy_images
 from tests.engine.weights.original_layout import (
     WIDTH,
     expected_shapes,
@@ -118,7 +118,7 @@ def test_log_probs_tokens_and_pixels_equal_transformers(folders, layout, model):
         guidance_scale=3.0,
         generation_kwargs={"boi_token_id": 4},
     )
-    alone = [greedy_images(theirs, p[None]) for p in prompts]
+    alone = [generated_tokens(theirs, p[None], do_sample=False) for p in prompts]
     together = sample_images(ours, prompts, cfg_weight=3.0, greedy=True)
     assert torch.equal(together.ids, torch.cat(alone))
     assert len(set(map(tuple, together.ids.tolist()))) == 3
@@ -336,7 +336,9 @@ def test_generation_settings_of_the_checkpoint_count(folders, tmp_path):
     assert guidance_scale(str(out), None) == 5.0 and guidance_scale(str(out), 2.0) == 2.0
     theirs = JanusForConditionalGeneration.from_pretrained(out).eval()
     (prompt,) = prompts_of(8)
-    ids = greedy_images(theirs, prompt[None])  # by the generation_config.json that was written
+    ids = generated_tokens(
+        theirs, prompt[None], do_sample=False
+    )  # by the generation_config.json that was written
     rollout = sample_images(load_policy(str(out)), [prompt], cfg_weight=5.0, greedy=True)
     assert torch.equal(rollout.ids, ids)
     (out / "generation_config.json").write_text('{"guidance_scale": "5"}')
