@@ -29,7 +29,7 @@ from engine.evaluate.judge import evaluate, judge_scores
 from engine.experts import build_ensemble, open_pipeline, reward_device, reward_paths
 from engine.generate.pictures import Generation, generate
 from engine.learner.learner import Learner
-from engine.learner.objective import group_advantages, token_weights
+from engine.learner.objective import group_advantages
 from engine.memory import describe, require_memory
 from engine.policy import load_policy, save_policy
 from engine.prompts.conversation import Conversation
@@ -87,7 +87,7 @@ class Trainer:
         self, step: int, pipeline: RewardPipeline
     ) -> tuple[dict[str, Any], Generation, Scores]:
         """One rollout and its updates. Returns metrics, what was generated, and its scores."""
-        config, policy = self.config, self.policy
+        config = self.config
         started = time.perf_counter()
         chosen = [self.rows[i] for i in self.sampler.rows(step - 1)]
         batch = [row for row in chosen for _ in range(config.group_size)]  # B rows, groups adjacent
@@ -102,12 +102,11 @@ class Trainer:
         with nvtx.annotate("reference"):
             experience = self.learner.experience(made)  # old and reference log-probs (B, T), (B, N)
         scores = handle.result()  # total (B,)
-        experience.advantages = group_advantages(scores.total, config.group_size)  # (B,)
+        experience.credit(group_advantages(scores.total, config.group_size))  # (B,)
         scored = time.perf_counter()
         with nvtx.annotate("update"):
-            weights = token_weights(made.text.mask, policy.image_tokens, config)
             for _ in range(config.num_iterations):
-                metrics = self.learner.update(step, experience, weights)
+                metrics = self.learner.update(step, experience)  # one loss over both levels
         ended = time.perf_counter()
 
         tokens = int(made.text.mask.sum()) + made.image.ids.numel()

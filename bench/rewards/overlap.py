@@ -21,7 +21,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from engine.generate.pictures import Generation
-from engine.learner.objective import Experience
+from engine.learner.levels import Experience
 from engine.prompts.data import load_prompts
 from engine.settings.errors import UserError
 from engine.settings.options import check_fields, option
@@ -140,7 +140,7 @@ def _measure(
 
 
 def _agree(a: Measured, b: Measured) -> bool:
-    pairs = [(a.scores.total, b.scores.total), (a.experience.image_ref, b.experience.image_ref)]
+    pairs = [(a.scores.total, b.scores.total), (a.experience.levels[-1].ref, b.experience.levels[-1].ref)]
     pairs += [(s, b.scores.by_expert[name]) for name, s in a.scores.by_expert.items()]
     return all(torch.isfinite(x).all() and torch.allclose(x, y, atol=1e-5) for x, y in pairs)
 

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from engine.generate.pictures import Generation
-from engine.learner.objective import Experience, policy_loss, reference_policy, score
+from engine.learner.levels import Experience, Level
+from engine.learner.objective import policy_loss, reference_policy, score, token_weights
 from engine.model.policy import Policy
 from engine.run.checkpoint import (
     load_checkpoint,
@@ -19,6 +20,43 @@ from engine.run.checkpoint import (
     save_checkpoint,
 )
 from engine.settings.train import TrainConfig
+
+
+def levels(made: Generation, config: TrainConfig) -> list[Level]:
+    """The chains of thought of a rollout that train: the plans, then the pictures."""
+    found = []
+    if "semantic" in config.train_levels:
+        text = made.text
+        found.append(
+            Level(
+                "semantic",
+                made.stage1,
+                text.ids,
+                text.mask,
+                longest=config.max_completion_length,
+                sampled=text.logprobs,
+                old=text.logprobs,
+                share=config.share_prompts,
+            )
+        )
+    if "token" in config.train_levels:
+        image, conditional = made.image, config.logprob_policy == "conditional"
+        sampled = image.logprobs if conditional else image.guided_logprobs
+        found.append(
+            Level(
+                "token",
+                made.stage2,
+                image.ids,
+                torch.ones_like(image.ids, dtype=torch.bool),
+                longest=image.ids.shape[1],
+                sampled=sampled,
+                old=sampled,
+                cfg_weight=None if conditional else config.cfg_weight,
+                detached=config.logprob_policy == "guided_detached",
+                share=config.share_prompts,
+            )
+        )
+    return found
 
 
 class Learner:
@@ -52,49 +90,34 @@ class Learner:
     def experience(self, made: Generation) -> Experience:
         """The rollout with old and reference log-probs; advantages are still to come."""
         config = self.config
-        sampled = made.image.logprobs
-        if config.logprob_policy != "conditional":
-            sampled = made.image.guided_logprobs
-        experience = Experience(
-            made.stage1, made.stage2, made.text.ids, made.text.mask, made.image.ids,
-            text_rollout=made.text.logprobs, image_rollout=sampled,
-            text_old=made.text.logprobs, image_old=sampled,
-            text_ref=None, image_ref=None,
-            advantages=torch.zeros(len(sampled), device=sampled.device),
-        )  # fmt: skip
-        if config.old_logprobs == "recompute":
-            experience.text_old, experience.image_old = self._score(self.policy, experience)
-        if self.reference is not None:
-            experience.text_ref, experience.image_ref = self._score(self.reference, experience)
+        experience = Experience(levels(made, config), config.micro_batch_size)
+        for level, weights in zip(
+            experience.levels, token_weights(experience.levels, config.loss_type), strict=True
+        ):
+            level.weights = weights
+            if config.old_logprobs == "recompute":
+                level.old = torch.zeros_like(level.sampled)
+            if self.reference is not None:
+                level.ref = torch.zeros_like(level.sampled)
+        for part in experience.parts:
+            for rows in part:
+                if config.old_logprobs == "recompute":
+                    rows.write(rows.level.old, score(self.policy, rows, config.temperature))
+                if self.reference is not None and rows.level.ref is not None:
+                    rows.write(rows.level.ref, score(self.reference, rows, config.temperature))
         return experience
 
-    def _slices(self, experience: Experience) -> list[tuple[int, int]]:
-        size = self.config.micro_batch_size or len(experience.advantages)
-        count = len(experience.advantages)
-        return [(start, min(start + size, count)) for start in range(0, count, size)]
-
-    def _score(self, policy: Any, experience: Experience) -> tuple[Tensor, Tensor]:
-        parts = [score(policy, experience.rows(*s), self.config) for s in self._slices(experience)]
-        return torch.cat([text for text, _ in parts]), torch.cat([image for _, image in parts])
-
-    def update(
-        self, step: int, experience: Experience, weights: tuple[Tensor, Tensor]
-    ) -> dict[str, Any]:
+    def update(self, step: int, experience: Experience) -> dict[str, Any]:
         """One optimizer step on the whole experience."""
         rate = self.learning_rate(step)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.zero_grad(set_to_none=True)
         totals: dict[str, Tensor] = {}
-        for start, stop in self._slices(experience):
-            part = policy_loss(
-                self.policy,
-                experience.rows(start, stop),
-                (weights[0][start:stop], weights[1][start:stop]),
-                self.config,
-            )
-            part["loss"].backward()
-            for name, value in part.items():
+        for part in experience.parts:
+            found = policy_loss(self.policy, part, self.config)
+            found["loss"].backward()
+            for name, value in found.items():
                 totals[name] = totals.get(name, 0) + value.detach()
         norm = torch.nn.utils.clip_grad_norm_(
             self.policy.trainable().values(), self.config.max_grad_norm

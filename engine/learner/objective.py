@@ -2,51 +2,18 @@
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
 
+from engine.learner.levels import Level, LevelRows
+from engine.model.generator import Generator
 from engine.model.policy import Policy
+from engine.model.weight_source import OwnWeights
 from engine.settings.train import TrainConfig
-from kernels import LossOutput, linear_grpo_loss, linear_logprobs
+from kernels import linear_grpo_loss, linear_logprobs
 
 ADVANTAGE_EPS = 1e-4
-
-
-@dataclass(slots=True)
-class Experience:
-    """What a rollout leaves to train on: B samples, each one plan and one picture.
-
-    Samples that share a plan repeat it; each copy carries its own picture's advantage.
-
-    Attributes:
-        stage1, stage2: B prompts (L_i,) int64 of the text and the image level.
-        text_ids: (B, T) int64; text_mask: (B, T) bool, True on generated tokens.
-        image_ids: (B, N) int64.
-        text_rollout, image_rollout: (B, T), (B, N) fp32 log-probs that the sampler returned.
-        text_old, image_old: the same of the policy that the ratio compares with.
-        text_ref, image_ref: the same of the reference policy; None without KL.
-        advantages: (B,) fp32.
-    """
-
-    stage1: Sequence[Tensor]
-    stage2: Sequence[Tensor]
-    text_ids: Tensor
-    text_mask: Tensor
-    image_ids: Tensor
-    text_rollout: Tensor
-    image_rollout: Tensor
-    text_old: Tensor
-    image_old: Tensor
-    text_ref: Tensor | None
-    image_ref: Tensor | None
-    advantages: Tensor
-
-    def rows(self, start: int, stop: int) -> "Experience":
-        """Samples start .. stop - 1."""
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return Experience(**{k: None if v is None else v[start:stop] for k, v in values.items()})
 
 
 def group_advantages(rewards: Tensor, group_size: int) -> Tensor:
@@ -61,31 +28,26 @@ def group_advantages(rewards: Tensor, group_size: int) -> Tensor:
     return (centred / (groups.std(1, keepdim=True) + ADVANTAGE_EPS)).flatten()
 
 
-def token_weights(
-    text_mask: Tensor, image_tokens: int, config: TrainConfig
-) -> tuple[Tensor, Tensor]:
-    """Mask and normaliser of every token, shared by both levels.
+def token_weights(levels: Sequence[Level], loss_type: str) -> list[Tensor]:
+    """Mask and normaliser of every token, shared by the levels.
 
     `token`: one mean over all trained tokens of the batch; `sequence`: a mean over each sample's
     trained tokens, then over samples; `dr_grpo`: the longest possible sample as the constant
     divisor (arXiv:2503.20783).
 
-    Returns: text (B, T) and image (B, N) fp32 weights; 0 on what is not trained.
+    Returns: (B, T) fp32 of each level; 0 on what was not drawn.
     """
-    batch = len(text_mask)
-    text = text_mask.float() * ("semantic" in config.train_levels)
-    image = torch.full(
-        (batch, image_tokens), float("token" in config.train_levels), device=text.device
-    )
-    if config.loss_type == "token":
-        scale = 1 / (text.sum() + image.sum()).clamp(min=1)
-        return text * scale, image * scale
-    if config.loss_type == "sequence":
-        scale = 1 / (batch * (text.sum(1, keepdim=True) + image.sum(1, keepdim=True)).clamp(min=1))
-        return text * scale, image * scale
-    longest = config.max_completion_length * ("semantic" in config.train_levels)
-    longest += image_tokens * ("token" in config.train_levels)
-    return text / (batch * longest), image / (batch * longest)
+    masks = [level.mask.float() for level in levels]
+    batch = len(masks[0])
+    if loss_type == "token":
+        scale = 1 / sum((mask.sum() for mask in masks[1:]), masks[0].sum()).clamp(min=1)
+        return [mask * scale for mask in masks]
+    if loss_type == "sequence":
+        lengths = [mask.sum(1, keepdim=True) for mask in masks]
+        scale = 1 / (batch * sum(lengths[1:], lengths[0]).clamp(min=1))
+        return [mask * scale for mask in masks]
+    longest = sum(level.longest for level in levels)
+    return [mask / (batch * longest) for mask in masks]
 
 
 def reference_policy(policy: Policy) -> Policy:
@@ -99,143 +61,79 @@ def reference_policy(policy: Policy) -> Policy:
     reference.lm_head = copy.deepcopy(policy.lm_head, memo)
     for module in (reference.model.language_model, reference.lm_head):
         module.requires_grad_(False)
+    reference.weights = OwnWeights(reference.model.language_model)
     return reference
 
 
-def _text_hidden(policy: Policy, experience: Experience, config: TrainConfig) -> Tensor:
-    """States that predict the plans' tokens, (B, T, D), zeros where masked."""
-    return policy.completion_hidden(
-        experience.stage1,
-        experience.text_ids,
-        image=False,
-        lengths=experience.text_mask.sum(1),
-        share=config.share_prompts,
+@torch.no_grad()
+def score(generator: Generator, rows: LevelRows, temperature: float) -> Tensor:
+    """Log-probs (n,) fp32 nats of a level's drawn tokens, by the training forward.
+
+    Under the distribution that the level trains.
+    """
+    head = generator.head(rows.level.name)
+    cond, uncond = rows.features(generator)
+    return linear_logprobs(
+        cond,
+        head.weight,
+        rows.tokens(rows.level.ids),
+        bias=head.bias,
+        uncond_hidden=uncond,
+        cfg_weight=rows.level.cfg_weight,
+        temperature=temperature,
     )
 
 
-def _image_features(
-    policy: Policy, experience: Experience, config: TrainConfig
-) -> tuple[Tensor, Tensor | None]:
-    """Inputs of the image head's last layer, conditional and unconditional, (B * N, D) each."""
-    head = policy.model.generation_head
-    ids, share = experience.image_ids, config.share_prompts
-    cond = head.features(policy.completion_hidden(experience.stage2, ids, image=True, share=share))
-    if config.logprob_policy == "conditional":
-        return cond.flatten(0, 1), None
-    detached = config.logprob_policy == "guided_detached"
-    blank = [policy.unconditional(p) for p in experience.stage2]
-    with torch.set_grad_enabled(torch.is_grad_enabled() and not detached):
-        uncond = head.features(policy.completion_hidden(blank, ids, image=True, share=share))
-    return cond.flatten(0, 1), uncond.flatten(0, 1)
-
-
-@torch.no_grad()
-def score(policy: Policy, experience: Experience, config: TrainConfig) -> tuple[Tensor, Tensor]:
-    """Log-probs of an experience under a policy, by the training forward.
-
-    Returns: text (B, T), 0 where masked, and image (B, N), fp32 nats; the image level under the
-        distribution that `config.logprob_policy` trains. A level that is not trained is zeros.
-    """
-    text = torch.zeros(experience.text_ids.shape, device=policy.device)
-    image = torch.zeros(experience.image_ids.shape, device=policy.device)
-    mask = experience.text_mask
-    if "semantic" in config.train_levels:
-        hidden = _text_hidden(policy, experience, config)
-        text[mask] = linear_logprobs(
-            hidden[mask],
-            policy.lm_head.weight,
-            experience.text_ids[mask],
-            temperature=config.temperature,
-        )
-    if "token" in config.train_levels:
-        cond, uncond = _image_features(policy, experience, config)
-        last = policy.model.generation_head.vision_head
-        image = linear_logprobs(
-            cond,
-            last.weight,
-            experience.image_ids.flatten(),
-            bias=last.bias,
-            uncond_hidden=uncond,
-            cfg_weight=None if uncond is None else config.cfg_weight,
-            temperature=config.temperature,
-        ).view_as(image)
-    return text, image
-
-
 def policy_loss(
-    policy: Policy,
-    experience: Experience,
-    weights: tuple[Tensor, Tensor],
-    config: TrainConfig,
+    generator: Generator, part: Sequence[LevelRows], config: TrainConfig
 ) -> dict[str, Tensor]:
-    """The clipped loss of one micro-batch over both levels.
+    """The clipped loss of one micro-batch over its levels.
 
     Args:
-        experience: the micro-batch's samples.
-        weights: its slices of `token_weights`, made for the whole batch.
+        part: of each level; its weights are slices of those of the whole batch.
     Returns: `loss` (scalar, differentiable) and, detached, `kl`, `entropy`, `clip_fraction`
         (means under the weights) and `policy_drift`: the largest-batch mean of
         |training log-prob - sampler's log-prob|; all already multiplied by the micro-batch's
         share of the weights, so that sums over micro-batches are the batch's values.
     """
-    common = {
-        "clip_low": config.clip_low,
-        "clip_high": config.clip_high,
-        "dual_clip": config.dual_clip,
-        "beta": config.beta,
-        "temperature": config.temperature,
-    }
-    text_weights, image_weights = weights
-    text_advantages = _corrected(
-        experience.advantages, experience.text_old, experience.text_rollout, config
-    )
-    image_advantages = _corrected(
-        experience.advantages, experience.image_old, experience.image_rollout, config
-    )
-    batch = torch.arange(len(experience.advantages), device=policy.device)
-    parts: list[tuple[LossOutput, Tensor, Tensor]] = []  # output, weights, sampler's log-probs
-    mask = experience.text_mask
-    if "semantic" in config.train_levels:
-        hidden = _text_hidden(policy, experience, config)
-        rows = batch[:, None].expand_as(mask)[mask]
-        output = linear_grpo_loss(
-            hidden[mask],
-            policy.lm_head.weight,
-            experience.text_ids[mask],
-            text_advantages[mask],
-            old_logprobs=experience.text_old[mask],
-            ref_logprobs=None if experience.text_ref is None else experience.text_ref[mask],
-            token_weights=text_weights[mask],
-            sequence_ids=rows if config.ratio_level == "sequence" else None,
-            **common,
-        )
-        parts.append((output, text_weights[mask], experience.text_rollout[mask]))
-    if "token" in config.train_levels:
-        cond, uncond = _image_features(policy, experience, config)
-        rows = batch[:, None].expand_as(experience.image_ids).flatten()
-        last = policy.model.generation_head.vision_head
-        output = linear_grpo_loss(
-            cond,
-            last.weight,
-            experience.image_ids.flatten(),
-            image_advantages.flatten(),
-            bias=last.bias,
-            uncond_hidden=uncond,
-            cfg_weight=None if uncond is None else config.cfg_weight,
-            old_logprobs=experience.image_old.flatten(),
-            ref_logprobs=None if experience.image_ref is None else experience.image_ref.flatten(),
-            token_weights=image_weights.flatten(),
-            sequence_ids=rows if config.ratio_level == "sequence" else None,
-            **common,
-        )
-        parts.append((output, image_weights.flatten(), experience.image_rollout.flatten()))
-    totals = {"loss": sum(output.loss for output, _, _ in parts)}
-    for name in ("kl", "entropy", "clip_fraction"):
-        totals[name] = sum(getattr(output, name) * w.sum() for output, w, _ in parts)
-    totals["policy_drift"] = sum(
-        ((output.logprobs - sampled).abs() * w).sum() for output, w, sampled in parts
-    )
+    totals: dict[str, Tensor] = {}
+    for rows in part:
+        for name, value in _level_loss(generator, rows, config).items():
+            totals[name] = totals[name] + value if name in totals else value
     return totals
+
+
+def _level_loss(generator: Generator, rows: LevelRows, config: TrainConfig) -> dict[str, Tensor]:
+    level, head = rows.level, generator.head(rows.level.name)
+    assert level.advantages is not None and level.weights is not None
+    cond, uncond = rows.features(generator)
+    weights, sampled = rows.tokens(level.weights), rows.tokens(level.sampled)
+    output = linear_grpo_loss(
+        cond,
+        head.weight,
+        rows.tokens(level.ids),
+        rows.tokens(_corrected(level.advantages, level.old, level.sampled, config)),
+        bias=head.bias,
+        uncond_hidden=uncond,
+        cfg_weight=level.cfg_weight,
+        old_logprobs=rows.tokens(level.old),
+        ref_logprobs=None if level.ref is None else rows.tokens(level.ref),
+        token_weights=weights,
+        sequence_ids=rows.sample_of() if config.ratio_level == "sequence" else None,
+        clip_low=config.clip_low,
+        clip_high=config.clip_high,
+        dual_clip=config.dual_clip,
+        beta=config.beta,
+        temperature=config.temperature,
+    )
+    share = weights.sum()
+    return {
+        "loss": output.loss,
+        "kl": output.kl * share,
+        "entropy": output.entropy * share,
+        "clip_fraction": output.clip_fraction * share,
+        "policy_drift": ((output.logprobs - sampled).abs() * weights).sum(),
+    }
 
 
 def _corrected(advantages: Tensor, old: Tensor, sampled: Tensor, config: TrainConfig) -> Tensor:

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from engine.model.policy import Policy
+from engine.model.sequences import Sequences
 from engine.prompts.conversation import Conversation
 from engine.prompts.data import PromptTemplate
 from engine.tiny.prompts import TASK_TYPES, draw
@@ -85,7 +86,7 @@ def text_loss(policy: Policy, conversation: Conversation, batch: list[Example]) 
     targets = torch.nn.utils.rnn.pad_sequence(plans, batch_first=True)
     mask = torch.arange(targets.shape[1]) < lengths[:, None]
     prompts = [conversation.stage1(e.prompt) for e in batch]
-    hidden = policy.completion_hidden(prompts, targets, image=False)
+    hidden = policy.completion_hidden(Sequences("semantic", prompts, targets))
     return F.cross_entropy(policy.lm_head(hidden[mask]), targets[mask])
 
 
@@ -99,7 +100,7 @@ def image_loss(
         dropped = rng.random() < UNCONDITIONAL_SHARE
         prompts.append(policy.unconditional(prompt) if dropped else prompt)
     image_ids = torch.from_numpy(np.stack([e.image_ids for e in batch])).long()
-    hidden = policy.completion_hidden(prompts, image_ids, image=True)
+    hidden = policy.completion_hidden(Sequences("token", prompts, image_ids))
     logits = policy.model.generation_head(hidden)
     return F.cross_entropy(logits.flatten(0, 1), image_ids.flatten())
 
