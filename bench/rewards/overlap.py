@@ -140,7 +140,10 @@ def _measure(
 
 
 def _agree(a: Measured, b: Measured) -> bool:
-    pairs = [(a.scores.total, b.scores.total), (a.experience.levels[-1].ref, b.experience.levels[-1].ref)]
+    pairs = [
+        (a.scores.total, b.scores.total),
+        (a.experience.levels[-1].ref, b.experience.levels[-1].ref),
+    ]
     pairs += [(s, b.scores.by_expert[name]) for name, s in a.scores.by_expert.items()]
     return all(torch.isfinite(x).all() and torch.allclose(x, y, atol=1e-5) for x, y in pairs)
 

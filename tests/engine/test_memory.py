@@ -15,6 +15,7 @@ from transformers import (
 
 from engine import memory as plan
 from engine import train
+from engine.model.sequences import Sequences
 from engine.policy import load_policy
 from engine.rollout import sample_images
 from engine.rollout.step import DecodeStep
@@ -204,7 +205,7 @@ def test_activations_are_a_tight_lower_bound(dtype):
     prompts = [torch.tensor([0, 9 + i, 4]) for i in range(4)]
     image_ids = torch.randint(512, (4, policy.image_tokens))
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-        policy.completion_hidden(prompts, image_ids, image=True)
+        policy.completion_hidden(Sequences("token", prompts, image_ids))
     measured = sum(x.untyped_storage().nbytes() for x in kept.values())
     tokens = 4 * policy.image_tokens
     assert 0.65 * measured < tokens * plan.activation_bytes(policy.config, dtype) < measured

@@ -11,6 +11,7 @@ from transformers import AutoTokenizer, JanusForConditionalGeneration
 
 import engine.model.policy
 from engine.model.policy import Policy
+from engine.model.sequences import Sequences
 from engine.policy import load_policy
 from engine.rollout import sample_images, sample_text
 from engine.settings.errors import UserError
@@ -93,9 +94,9 @@ def test_rows_of_a_padded_batch_mean_what_they_mean_alone(pair, make_prompts):
     _, ours = pair()
     prompts = make_prompts(5, 14, 9)
     completions = torch.randint(5, 300, (3, 7))
-    together = ours.completion_hidden(prompts, completions, image=False)
+    together = ours.completion_hidden(Sequences("semantic", prompts, completions))
     for i, prompt in enumerate(prompts):
-        alone = ours.completion_hidden([prompt], completions[i : i + 1, :4], image=False)
+        alone = ours.completion_hidden(Sequences("semantic", [prompt], completions[i : i + 1, :4]))
         torch.testing.assert_close(together[i, :4], alone[0], rtol=0, atol=1e-5)
 
 

@@ -10,6 +10,7 @@ import time
 import pytest
 import torch
 
+from engine.learner.learner import levels
 from engine.learner.objective import group_advantages, token_weights
 from engine.policy import load_policy
 from engine.run.checkpoint import latest_checkpoint, load_checkpoint
@@ -223,7 +224,7 @@ def test_micro_batches_change_nothing_but_rounding(tmp_path):
         with RewardPipeline(trainer.ensemble, "cpu") as pipeline:
             found, made, scores = trainer.step(1, pipeline)
         advantages = group_advantages(scores.total, 4)
-        weights = token_weights(made.text.mask, 64, config)
+        weights = token_weights(levels(made, config), config.loss_type)
         assert abs(float(weights[0].sum() + weights[1].sum()) - 1) < 1e-5
         assert len(advantages) == 8
         results.append(found)

@@ -1,14 +1,14 @@
 """Advantages, token weights and the two-level loss against plain numpy and fp64."""
 
-import copy
+import dataclasses
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+from engine.learner.levels import Experience, Level
 from engine.learner.objective import (
-    Experience,
     group_advantages,
     policy_loss,
     reference_policy,
@@ -16,6 +16,8 @@ from engine.learner.objective import (
     token_weights,
 )
 from engine.model.policy import Policy
+from engine.model.sequences import Sequences
+from engine.model.token_tree import TokenTree
 from engine.rollout import sample_images, sample_text
 from engine.settings.train import TrainConfig
 
@@ -37,31 +39,54 @@ def experience(new_policy, make_prompts):
     text = sample_text(policy, stage1, max_new_tokens=6, seed=1)
     assert not text.mask.all()
     images = sample_images(policy, stage2, cfg_weight=CFG, seed=1)
-    return Experience(
-        stage1=stage1,
-        stage2=stage2,
-        text_ids=text.ids,
-        text_mask=text.mask,
-        image_ids=images.ids,
-        text_rollout=text.logprobs,
-        image_rollout=images.logprobs,
-        text_old=text.logprobs,
-        image_old=images.logprobs,
-        text_ref=None,
-        image_ref=None,
-        advantages=torch.tensor([1.2, -0.7, 0.4, -1.5]),
-    )
+    whole = torch.ones_like(images.ids, dtype=torch.bool)
+    pairs = (text.logprobs, text.logprobs), (images.logprobs, images.logprobs)
+    levels = [
+        Level("semantic", stage1, text.ids, text.mask, 6, *pairs[0]),
+        Level("token", stage2, images.ids, whole, 16, *pairs[1]),
+    ]
+    experience = Experience(levels)
+    experience.credit(torch.tensor([1.2, -0.7, 0.4, -1.5]))
+    return experience
+
+
+def changed(experience: Experience, **by_level) -> Experience:
+    """A copy whose levels have other tensors: name -> {field: value}."""
+    levels = [dataclasses.replace(v, **by_level.get(v.name, {})) for v in experience.levels]
+    return Experience(levels)
 
 
 def shifted(experience: Experience) -> Experience:
     """The experience as of an older policy, so that the clip works, with a reference."""
     torch.manual_seed(11)
-    moved = copy.copy(experience)
-    for level in ("text", "image"):
-        old = getattr(experience, f"{level}_old")
-        setattr(moved, f"{level}_old", old + torch.randn_like(old) * 0.3)
-        setattr(moved, f"{level}_ref", old + torch.randn_like(old) * 0.5)
-    return moved
+    found = {}
+    for level in experience.levels:
+        old = level.old
+        moved = old + torch.randn_like(old) * 0.3
+        found[level.name] = {"old": moved, "ref": old + torch.randn_like(old) * 0.5}
+    return changed(experience, **found)
+
+
+def trained(e: Experience, config: TrainConfig, size: int = 0) -> Experience:
+    """The levels that the settings train, as they train them."""
+    guided = config.logprob_policy != "conditional"
+    image = {"cfg_weight": config.cfg_weight if guided else None}
+    image["detached"] = config.logprob_policy == "guided_detached"
+    levels = [level for level in e.levels if level.name in config.train_levels]
+    levels = [dataclasses.replace(v, **(image if v.name == "token" else {})) for v in levels]
+    for level, weights in zip(levels, token_weights(levels, config.loss_type), strict=True):
+        level.weights = weights
+    return Experience(levels, size)
+
+
+def scores(policy: Policy, e: Experience, config: TrainConfig) -> dict[str, Tensor]:
+    """(B, T) log-probs of each level that trains, 0 where nothing was drawn."""
+    found = {}
+    for part in trained(e, config).parts:
+        for rows in part:
+            found[rows.level.name] = torch.zeros_like(rows.level.sampled)
+            rows.write(found[rows.level.name], score(policy, rows, config.temperature))
+    return found
 
 
 # Advantages and weights
@@ -85,8 +110,14 @@ def test_equal_rewards_have_no_advantage():
 @pytest.mark.parametrize("loss_type", ["token", "sequence", "dr_grpo"])
 def test_token_weights(loss_type, levels):
     mask = torch.arange(6) < torch.tensor([[6], [2], [3]])  # 11 of at most 3 * 6 text tokens
-    text, image = token_weights(mask, 10, make_config(loss_type=loss_type, train_levels=levels))
-    assert text.shape == (3, 6) and image.shape == (3, 10)
+    drawn = {"semantic": (mask, 6), "token": (torch.ones(3, 10, dtype=torch.bool), 10)}
+    made = [
+        Level(name, [], m.long(), m, longest, m.float(), m.float())
+        for name, (m, longest) in drawn.items()
+        if name in levels
+    ]
+    found = dict(zip(levels, token_weights(made, loss_type), strict=True))
+    text, image = (found.get(n, torch.zeros(m.shape)) for n, (m, _) in drawn.items())
     has_text, has_image = "semantic" in levels, "token" in levels
     assert torch.equal(text > 0, mask & has_text) and torch.equal(
         image > 0, torch.full((3, 10), has_image)
@@ -112,10 +143,10 @@ def plain_image_logprobs(
 ) -> Tensor:
     """Guidance on logits, where the engine mixes features."""
     head = policy.model.generation_head
-    cond = head(policy.completion_hidden([prompt], ids[None], image=True)[0])
+    cond = head(policy.completion_hidden(Sequences("token", [prompt], ids[None]))[0])
     if config.logprob_policy != "conditional":
         blank = policy.unconditional(prompt)
-        uncond = head(policy.completion_hidden([blank], ids[None], image=True)[0])
+        uncond = head(policy.completion_hidden(Sequences("token", [blank], ids[None]))[0])
         if config.logprob_policy == "guided_detached":
             uncond = uncond.detach()
         cond = uncond + config.cfg_weight * (cond - uncond)
@@ -125,19 +156,18 @@ def plain_image_logprobs(
 def plain_loss(policy: Policy, e: Experience, config: TrainConfig) -> Tensor:
     """One sample and one token at a time; a sequence ratio is one a chain of thought."""
     losses: list[list[Tensor]] = []
-    for b, advantage in enumerate(e.advantages.double()):
+    text, image = e.levels
+    for b, advantage in enumerate(text.advantages.double()):
         levels = []
         if "semantic" in config.train_levels:
-            n = int(e.text_mask[b].sum())
-            hidden = policy.completion_hidden(
-                [e.stage1[b]], e.text_ids[b : b + 1, :n], image=False
-            )[0]
-            logps = policy.lm_head(hidden).log_softmax(-1)
-            logps = logps.gather(1, e.text_ids[b, :n, None])[:, 0]
-            levels.append((logps, e.text_old, e.text_ref, e.text_rollout))
+            n = int(text.mask[b].sum())
+            asked = Sequences("semantic", [text.prompts[b]], text.ids[b : b + 1, :n])
+            logps = policy.lm_head(policy.completion_hidden(asked)[0]).log_softmax(-1)
+            logps = logps.gather(1, text.ids[b, :n, None])[:, 0]
+            levels.append((logps, text.old, text.ref, text.sampled))
         if "token" in config.train_levels:
-            logps = plain_image_logprobs(policy, e.stage2[b], e.image_ids[b], config)
-            levels.append((logps, e.image_old, e.image_ref, e.image_rollout))
+            logps = plain_image_logprobs(policy, image.prompts[b], image.ids[b], config)
+            levels.append((logps, image.old, image.ref, image.sampled))
         losses.append([])
         for logps, old, ref, sampled in levels:
             mean = (logps.detach() - old[b, : len(logps)].double()).mean()
@@ -159,7 +189,7 @@ def plain_loss(policy: Policy, e: Experience, config: TrainConfig) -> Tensor:
     if config.loss_type == "sequence":
         return torch.stack([torch.stack(sample).mean() for sample in losses]).mean()
     if config.loss_type == "dr_grpo":
-        longest = config.max_completion_length + e.image_ids.shape[1]
+        longest = config.max_completion_length + image.ids.shape[1]
         return torch.stack([torch.stack(sample).sum() / longest for sample in losses]).mean()
     return torch.stack([token for sample in losses for token in sample]).mean()
 
@@ -167,14 +197,9 @@ def plain_loss(policy: Policy, e: Experience, config: TrainConfig) -> Tensor:
 def run(policy: Policy, e: Experience, config: TrainConfig, chunks: int = 1):
     """Totals and gradients of policy_loss summed over micro-batches."""
     policy.zero_grad()
-    text_weights, image_weights = token_weights(e.text_mask, e.image_ids.shape[1], config)
     totals: dict[str, float] = {}
-    size = len(e.advantages) // chunks
-    for start in range(0, len(e.advantages), size):
-        part = slice(start, start + size)
-        output = policy_loss(
-            policy, e.rows(start, start + size), (text_weights[part], image_weights[part]), config
-        )
+    for part in trained(e, config, 4 // chunks).parts:
+        output = policy_loss(policy, part, config)
         output["loss"].backward()
         totals = {k: totals.get(k, 0.0) + v.item() for k, v in output.items()}
     return totals, {k: p.grad.clone() for k, p in policy.trainable().items() if p.grad is not None}
@@ -199,8 +224,9 @@ def test_loss_and_gradients_equal_plain_fp64(new_policy, experience, overrides):
     config = make_config(**overrides)
     e = shifted(experience)
     if config.logprob_policy != "conditional":
-        _, guided = score(new_policy(), e, config)
-        e.image_old, e.image_ref = e.image_old - experience.image_old + guided, guided
+        guided = scores(new_policy(), e, config)["token"]
+        old = e.levels[1].old - experience.levels[1].old + guided
+        e = changed(e, token={"old": old, "ref": guided})
     policy = new_policy()
     totals, grads = run(policy, e, config)
     exact = new_policy().double()
@@ -238,7 +264,7 @@ def test_conditional_runs_no_unconditional_path(new_policy, experience, monkeypa
     policy = new_policy()
     monkeypatch.setattr(Policy, "unconditional", lambda *_: pytest.fail("unconditional path ran"))
     _, grads = run(policy, experience, make_config(train_levels=["token"]))
-    used = torch.cat([*experience.stage2]).unique()
+    used = torch.cat(experience.levels[1].prompts).unique()
     rows = grads["model.language_model.embed_tokens.weight"].norm(dim=1).nonzero().flatten()
     assert set(rows.tolist()) <= set(used.tolist()) and policy.pad not in rows
 
@@ -248,9 +274,8 @@ def test_guided_and_detached_agree_in_value_only(new_policy, experience):
     results = {}
     for mode in ("guided", "guided_detached"):
         config = make_config(logprob_policy=mode, train_levels=["token"])
-        e = copy.copy(experience)
-        _, e.image_old = score(policy, e, config)
-        results[mode] = run(policy, e, config)
+        old = scores(policy, experience, config)["token"]
+        results[mode] = run(policy, changed(experience, token={"old": old}), config)
     (guided, guided_grads), (detached, detached_grads) = results.values()
     assert guided["loss"] == pytest.approx(detached["loss"], abs=1e-6)
     name = "model.language_model.embed_tokens.weight"
@@ -260,29 +285,29 @@ def test_guided_and_detached_agree_in_value_only(new_policy, experience):
 
 def test_score_equals_the_rollout(new_policy, experience):
     policy = new_policy()
-    text, image = score(policy, experience, make_config())
-    torch.testing.assert_close(text, experience.text_rollout, rtol=0, atol=1e-4)
-    torch.testing.assert_close(image, experience.image_rollout, rtol=0, atol=1e-4)
+    text, image = scores(policy, experience, make_config()).values()
+    torch.testing.assert_close(text, experience.levels[0].sampled, rtol=0, atol=1e-4)
+    torch.testing.assert_close(image, experience.levels[1].sampled, rtol=0, atol=1e-4)
     assert not text.requires_grad and not image.requires_grad
-    _, guided = score(policy, experience, make_config(logprob_policy="guided"))
-    sampled = sample_images(policy, experience.stage2, cfg_weight=CFG, seed=1).guided_logprobs
+    guided = scores(policy, experience, make_config(logprob_policy="guided"))["token"]
+    prompts = experience.levels[1].prompts
+    sampled = sample_images(policy, prompts, cfg_weight=CFG, seed=1).guided_logprobs
     torch.testing.assert_close(guided, sampled, rtol=0, atol=1e-4)
-    text, image = score(policy, experience, make_config(train_levels=["token"]))
-    assert not text.any() and image.any()
+    assert list(scores(policy, experience, make_config(train_levels=["token"]))) == ["token"]
 
 
 def test_first_update_has_ratio_1(new_policy, experience):
     totals, _ = run(new_policy(), experience, make_config())
     assert totals["clip_fraction"] == 0 and 0 <= totals["policy_drift"] < 1e-4
     assert totals["entropy"] > 1 and totals["kl"] == 0
-    weights = sum(w.sum(1) for w in token_weights(experience.text_mask, 16, make_config()))
-    expected = -(experience.advantages * weights).sum().item()
+    weights = sum(w.sum(1) for w in token_weights(experience.levels, "token"))
+    expected = -(experience.levels[0].advantages * weights).sum().item()
     assert totals["loss"] == pytest.approx(expected, abs=1e-4)
 
 
 def test_drift_between_sampler_and_trainer_is_seen(new_policy, experience):
-    experience.image_rollout = experience.image_rollout + 0.25
-    totals, _ = run(new_policy(), experience, make_config(train_levels=["token"]))
+    moved = changed(experience, token={"sampled": experience.levels[1].sampled + 0.25})
+    totals, _ = run(new_policy(), moved, make_config(train_levels=["token"]))
     assert totals["policy_drift"] == pytest.approx(0.25, abs=1e-4)
 
 
@@ -292,7 +317,9 @@ def test_drift_between_sampler_and_trainer_is_seen(new_policy, experience):
 @pytest.mark.parametrize("tied", [False, True])
 def test_reference_is_a_frozen_copy_that_shares_what_does_not_train(new_policy, experience, tied):
     policy = new_policy(4, tied)
-    sample_images(policy, experience.stage2)  # packed weights must be copied all the same
+    sample_images(
+        policy, experience.levels[1].prompts
+    )  # packed weights must be copied all the same
     reference = reference_policy(policy)
     assert reference.model.generation_head is policy.model.generation_head
     assert reference.model.vqmodel is policy.model.vqmodel
@@ -305,15 +332,34 @@ def test_reference_is_a_frozen_copy_that_shares_what_does_not_train(new_policy, 
     assert (reference.lm_head.weight is embed) == tied
 
     config = make_config(beta=0.1)
-    start = score(policy, experience, config)
-    for got, expected in zip(score(reference, experience, config), start, strict=True):
-        assert torch.equal(got, expected)
-    e = copy.copy(experience)
-    e.text_ref, e.image_ref = start
+    start = scores(policy, experience, config)
+    for name, got in scores(reference, experience, config).items():
+        assert torch.equal(got, start[name])
+    e = changed(experience, **{name: {"ref": values} for name, values in start.items()})
     optimizer = torch.optim.SGD(policy.trainable().values(), lr=0.5)
     totals, _ = run(policy, e, config)
     assert totals["kl"] == pytest.approx(0, abs=1e-6)
     optimizer.step()
-    for got, expected in zip(score(reference, experience, config), start, strict=True):
-        assert torch.equal(got, expected)
+    for name, got in scores(reference, experience, config).items():
+        assert torch.equal(got, start[name])
     assert run(policy, e, config)[0]["kl"] > 1e-4
+    # It can be sampled from too, and gives its own tokens.
+    prompts = experience.levels[1].prompts
+    drawn = sample_images(reference, prompts, cfg_weight=CFG, seed=1)
+    assert torch.equal(drawn.ids, experience.levels[1].ids)
+
+
+def test_what_sequences_share_is_found_once(new_policy, experience, monkeypatch):
+    """For the policy's, the reference's and two updates' forwards of a micro-batch."""
+    made, make = [], TokenTree.__init__
+    monkeypatch.setattr(
+        TokenTree, "__init__", lambda self, *a, **k: (made.append(self), make(self, *a, **k))[1]
+    )
+    policy, config = new_policy(), make_config(logprob_policy="guided", beta=0.1)
+    e = trained(changed(shifted(experience)), config, size=2)
+    for part in e.parts:
+        for rows in part:
+            score(policy, rows, 1.0), score(policy, rows, 1.0)
+        for _ in range(2):
+            policy_loss(policy, part, config)
+    assert len(made) == 2 * 3  # two micro-batches; plans, pictures, pictures without the prompt

@@ -7,8 +7,10 @@ import torch
 from torch import Tensor
 
 import engine.model.token_tree
-from engine.learner.objective import Experience, policy_loss, token_weights
+from engine.learner.levels import Experience, Level
+from engine.learner.objective import policy_loss, token_weights
 from engine.model.policy import Policy
+from engine.model.sequences import Sequences
 from engine.model.token_tree import Gather, TokenTree, Window, worthwhile_tree
 from engine.settings.train import TrainConfig
 
@@ -51,22 +53,22 @@ def outcome(policy: Policy, hidden: list[Tensor]) -> tuple[Tensor, dict[str, Ten
     return flat.detach(), grads
 
 
+def asked(prompts, completions, lengths=None, *, image, share=True) -> Sequences:
+    return Sequences("token" if image else "semantic", prompts, completions, lengths, share)
+
+
 def alone(policy: Policy, prompts, completions, lengths, *, image):
     """Each row as a batch of its own, without what is past its end."""
     return [
-        policy.completion_hidden([p], c[None, :n], image=image, share=False)[0]
+        policy.completion_hidden(asked([p], c[None, :n], image=image, share=False))[0]
         for p, c, n in zip(prompts, completions, lengths, strict=True)
         if n
     ]
 
 
 def together(policy: Policy, prompts, completions, lengths, *, image):
-    hidden = policy.completion_hidden(
-        prompts,
-        completions,
-        image=image,
-        lengths=torch.tensor(lengths, device=completions.device),
-    )
+    lengths_of = torch.tensor(lengths, device=completions.device)
+    hidden = policy.completion_hidden(asked(prompts, completions, lengths_of, image=image))
     return [row[:n] for row, n in zip(hidden, lengths, strict=True)]
 
 
@@ -136,7 +138,7 @@ def test_any_tree_equals_every_row_alone(new_policy, always, seed, image):
     ]
     completions = torch.randint(5, 8, (9, 6), generator=rng)
     lengths = torch.randint(0, 7, (9,), generator=rng).tolist()
-    tree = TokenTree(prompts, completions, torch.tensor(lengths), image=image)
+    tree = TokenTree(prompts, completions, torch.tensor(lengths), own_ids=image)
     assert len(tree.positions) == spread(prompts, lengths, completions, image)
     got = outcome(policy, together(policy, prompts, completions, lengths, image=image))
     assert_same(
@@ -218,7 +220,7 @@ def test_past_its_length_a_row_is_zero_and_holds_anything(new_policy, make_promp
     past = torch.arange(8) >= lengths[:, None]
     for share in (True, False):
         first, second = (
-            policy.completion_hidden(prompts, c, image=False, lengths=lengths, share=share)
+            policy.completion_hidden(asked(prompts, c, lengths, image=False, share=share))
             for c in (completions, completions.masked_fill(past, 9))
         )
         assert torch.equal(first, second) and not first[past].any()
@@ -241,14 +243,14 @@ def test_a_groups_prompt_is_computed_once(new_policy, make_prompts):
     policy = new_policy()
     prompts, completions = make_prompts(20) * 8, draw(8, 11)
     seen = count_tokens(policy)
-    policy.completion_hidden(prompts, completions, image=False)
+    policy.completion_hidden(asked(prompts, completions, image=False))
     assert seen == [20 + 8 * 10] * 2
     seen.clear()
-    policy.completion_hidden(prompts, completions, image=False, share=False)
+    policy.completion_hidden(asked(prompts, completions, image=False, share=False))
     assert seen == [8 * 30] * 2
     seen.clear()
     lengths = torch.tensor([11, 1, 4, 4, 11, 2, 3, 8])
-    policy.completion_hidden(prompts, completions, image=False, lengths=lengths)
+    policy.completion_hidden(asked(prompts, completions, lengths, image=False))
     assert seen == [20 + int(lengths.sum()) - 8] * 2
 
 
@@ -259,7 +261,7 @@ def test_second_stage_prompts_share_what_precedes_the_plans(new_policy, make_pro
     plans = [draw(n, seed=n) for n in (6, 9, 6, 4)]  # two samples wrote the same plan
     prompts = [torch.cat((request, plan)) for plan in plans]
     seen = count_tokens(policy)
-    policy.completion_hidden(prompts, draw(4, 16, below=128), image=True)
+    policy.completion_hidden(asked(prompts, draw(4, 16, below=128), image=True))
     assert seen == [15 + 6 + 9 + 4 + 4 * 15] * 2
 
 
@@ -273,7 +275,7 @@ def test_attention_asks_for_a_prompt_once(new_policy, make_prompts, monkeypatch)
         return out
 
     monkeypatch.setattr(Window, "attend", counting)
-    policy.completion_hidden(make_prompts(40) * 8, draw(8, 11), image=False)
+    policy.completion_hidden(asked(make_prompts(40) * 8, draw(8, 11), image=False))
     # The first row asks for the prompt and its own completion; two layers.
     assert queries == [50, 7 * 10] * 2
 
@@ -281,12 +283,14 @@ def test_attention_asks_for_a_prompt_once(new_policy, make_prompts, monkeypatch)
 def test_a_batch_that_shares_nothing_is_not_packed(make_prompts):
     lengths = torch.full((4,), 16)
     images = draw(4, 16, below=128)
-    assert worthwhile_tree(make_prompts(9, 9, 9, 9), images, lengths, image=True) is None
-    assert worthwhile_tree(make_prompts(9, 9, 9, 9), images, None, image=True) is None
-    assert worthwhile_tree(make_prompts(9), images[:1], lengths[:1], image=True) is None
-    assert worthwhile_tree(make_prompts(9) * 4, images, None, image=True) is not None
-    assert worthwhile_tree(make_prompts(9, 30, 9, 9), images, None, image=True) is not None
-    assert worthwhile_tree(make_prompts(9, 9), images[:2], lengths[:2] // 4, image=True) is not None
+    assert worthwhile_tree(make_prompts(9, 9, 9, 9), images, lengths, own_ids=True) is None
+    assert worthwhile_tree(make_prompts(9, 9, 9, 9), images, None, own_ids=True) is None
+    assert worthwhile_tree(make_prompts(9), images[:1], lengths[:1], own_ids=True) is None
+    assert worthwhile_tree(make_prompts(9) * 4, images, None, own_ids=True) is not None
+    assert worthwhile_tree(make_prompts(9, 30, 9, 9), images, None, own_ids=True) is not None
+    assert (
+        worthwhile_tree(make_prompts(9, 9), images[:2], lengths[:2] // 4, own_ids=True) is not None
+    )
 
 
 # The objective
@@ -303,11 +307,23 @@ def test_the_option_changes_the_work_and_nothing_else(
     mask = torch.arange(6) < torch.tensor([[6], [2], [4], [6], [5], [1]])
     torch.manual_seed(1)
     text_old, image_old = -torch.rand(6, 6) * 6, -torch.rand(6, 16) * 6
-    experience = Experience(
-        stage1, stage2, draw(6, 6), mask, draw(6, 16, below=128),
-        text_rollout=text_old, image_rollout=image_old, text_old=text_old, image_old=image_old,
-        text_ref=text_old + 0.1, image_ref=image_old - 0.1, advantages=torch.randn(6),
-    )  # fmt: skip
+    advantages, whole = torch.randn(6), torch.ones(6, 16, dtype=torch.bool)
+    text_ids, image_ids = draw(6, 6), draw(6, 16, below=128)
+
+    def experience(share):
+        guided = logprob_policy != "conditional"
+        levels = [
+            Level("semantic", stage1, text_ids, mask, 6, text_old, text_old, text_old + 0.1),
+            Level("token", stage2, image_ids, whole, 16, image_old, image_old, image_old - 0.1),
+        ]
+        levels[1].cfg_weight = 3.0 if guided else None
+        levels[1].detached = logprob_policy == "guided_detached"
+        for level, weights in zip(levels, token_weights(levels, "token"), strict=True):
+            level.weights, level.share = weights, share
+        made = Experience(levels)
+        made.credit(advantages)
+        return made
+
     totals, grads, tokens = {}, {}, {}
     for share in (True, False):
         config = TrainConfig(
@@ -315,16 +331,16 @@ def test_the_option_changes_the_work_and_nothing_else(
         )
         policy.zero_grad()
         seen = count_tokens(policy)
-        totals[share] = policy_loss(policy, experience, token_weights(mask, 16, config), config)
+        totals[share] = policy_loss(policy, experience(share).parts[0], config)
         totals[share]["loss"].backward()
         grads[share] = {k: p.grad.clone() for k, p in policy.trainable().items()}
         tokens[share] = sum(seen)
     images = [16] * 6
     blank = [policy.unconditional(p) for p in stage2]
-    expected = spread(stage1, mask.sum(1).tolist(), experience.text_ids, False)
-    expected += spread(stage2, images, experience.image_ids, True)
+    expected = spread(stage1, mask.sum(1).tolist(), text_ids, False)
+    expected += spread(stage2, images, image_ids, True)
     if logprob_policy != "conditional":
-        expected += spread(blank, images, experience.image_ids, True)
+        expected += spread(blank, images, image_ids, True)
     assert tokens == {True: 2 * expected, False: tokens[False]} and expected < 0.4 * tokens[False]
     for name, value in totals[False].items():
         torch.testing.assert_close(totals[True][name], value, rtol=1e-5, atol=1e-7)
@@ -333,4 +349,4 @@ def test_the_option_changes_the_work_and_nothing_else(
     pads = grads[True]["model.language_model.embed_tokens.weight"][policy.pad]
     assert bool(pads.any()) == (logprob_policy == "guided")
     monkeypatch.setattr(TokenTree, "__init__", lambda *_, **__: pytest.fail("a tree was built"))
-    policy_loss(policy, experience, token_weights(mask, 16, config), config)
+    policy_loss(policy, experience(share).parts[0], config)
