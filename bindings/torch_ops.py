@@ -6,6 +6,7 @@ Arguments are those of the functions of the same name; results are always new te
 that an op writes are marked in its schema. A seed must fit in a signed 64-bit integer.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -64,14 +65,18 @@ SCHEMAS = {
 _library = torch.library.Library("t2i", "DEF")
 
 
-def _cfg_sample(cond: Tensor, uncond: Tensor | None, **options) -> tuple[Tensor, Tensor, Tensor]:  # noqa: ANN003 - the schema's
+def _cfg_sample(
+    cond: Tensor, uncond: Tensor | None, **options: Any
+) -> tuple[Tensor, Tensor, Tensor]:
     ids, logprobs, guided = kernels.cfg_sample(cond, uncond, **options)
     # Unguided, the op returns one tensor twice, which an operator must not.
     return ids, logprobs.clone() if logprobs is guided else logprobs, guided
 
 
 def _add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    return kernels.rms_norm(x, weight, eps, residual=residual)
+    normed = kernels.rms_norm(x, weight, eps, residual=residual)
+    assert isinstance(normed, tuple)
+    return normed
 
 
 def _head_inputs(
@@ -89,12 +94,12 @@ def _head_inputs(
     return head
 
 
-def _linear_logprobs(*tensors: Tensor | None, **options: float | None) -> Tensor:
+def _linear_logprobs(*tensors: Any, **options: Any) -> Tensor:
     return run_head(_head_inputs(*tensors, **options))[0].logprobs
 
 
 def _linear_logprobs_backward(
-    slopes: Tensor, *tensors: Tensor | None, needs: list[bool], **options: float | None
+    slopes: Tensor, *tensors: Any, needs: list[bool], **options: Any
 ) -> list[Tensor]:
     """Gradients of the inputs that need one, in the order of `Needs`."""
     head = _head_inputs(*tensors, **options)
@@ -172,7 +177,7 @@ def _draw_and_state(options: dict[str, Any]) -> tuple[Draw, StepState]:
 _DRAWN = ("cfg_weight", "temperature", "seed", "top_k", "top_p", "greedy")
 
 
-_IMPLEMENTATIONS = {
+_IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
     "cfg_sample": _cfg_sample,
     "rms_norm": kernels.rms_norm,
     "add_rms_norm": _add_rms_norm,
@@ -188,8 +193,8 @@ _IMPLEMENTATIONS = {
 
 def _fake_cfg_sample(cond: Tensor, *_: object, **__: object) -> tuple[Tensor, Tensor, Tensor]:
     rows = cond.shape[:1]
-    floats = [cond.new_empty(rows, dtype=torch.float32) for _ in range(2)]
-    return cond.new_empty(rows, dtype=torch.int64), *floats
+    first, second = (cond.new_empty(rows, dtype=torch.float32) for _ in range(2))
+    return cond.new_empty(rows, dtype=torch.int64), first, second
 
 
 def _fake_norm(x: Tensor, *_: object) -> Tensor:
@@ -223,7 +228,7 @@ def _fake_logprobs(hidden: Tensor, *_: object, **__: object) -> Tensor:
 
 
 def _fake_logprobs_backward(
-    slopes: Tensor, *tensors: Tensor | None, needs: list[bool], **_: object
+    slopes: Tensor, *tensors: Any, needs: list[bool], **_: object
 ) -> list[Tensor]:
     head = HeadInputs(*tensors, *[None] * (8 - len(tensors)))
     return [
@@ -233,7 +238,7 @@ def _fake_logprobs_backward(
     ]
 
 
-_FAKES = {
+_FAKES: dict[str, Callable[..., Any]] = {
     "cfg_sample": _fake_cfg_sample,
     "rms_norm": _fake_norm,
     "add_rms_norm": _fake_add_norm,
@@ -250,12 +255,12 @@ _FAKES = {
 _PLACES = ("hidden", "weight", "targets", "bias", "uncond_hidden")  # of the op's tensors
 
 
-def _save_logprobs(ctx, inputs: tuple, keyword_only_inputs: dict, output: Tensor) -> None:  # noqa: ANN001 - torch's context
+def _save_logprobs(ctx: Any, inputs: tuple, keyword_only_inputs: dict, output: Tensor) -> None:
     ctx.save_for_backward(*inputs)
     ctx.options = keyword_only_inputs
 
 
-def _logprobs_backward(ctx, slopes: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN001 - torch's context
+def _logprobs_backward(ctx: Any, slopes: Tensor) -> tuple[Tensor | None, ...]:
     asked = dict(zip(_PLACES, ctx.needs_input_grad, strict=False))  # arguments left out: no entry
     needs = [asked.get(name, False) for name in Needs._fields]
     found = torch.ops.t2i.linear_logprobs_backward(

@@ -99,7 +99,10 @@ def run_head(
     needs = needs or Needs()
     chunk_rows = head.chunk_rows or _chunk_rows(head, needs)
     share = _Gradients(head, needs, chunk_rows)
-    head = head._replace(weight=_computed(head.weight), bias=_computed(head.bias))
+    head = head._replace(
+        weight=_computed(head.weight),
+        bias=None if head.bias is None else _computed(head.bias),
+    )
     count, vocab = len(head.hidden), len(head.weight)
     shape = (min(chunk_rows, count), vocab)
     logits = head.weight.new_empty(shape, dtype=_wide(head.weight.dtype))
@@ -143,6 +146,7 @@ class _Gradients:
 
     def add(self, start: int, inputs: list[Tensor], weight: Tensor, rows: Rows) -> None:
         """One chunk's share; rows of slope 0 (masked, clipped, no advantage) have none."""
+        assert rows.slopes is not None and rows.gradient is not None
         live = rows.slopes.nonzero()[:, 0]
         if len(live) == 0:
             return
@@ -191,16 +195,18 @@ def _chunk_rows(head: HeadInputs, needs: Needs) -> int:
     return max(16, budget // (4 * vocab) // 16 * 16)
 
 
-def _computed(x: Tensor | None) -> Tensor | None:
+def _computed(x: Tensor) -> Tensor:
     """As the GEMMs take it: 16-bit stays on CUDA, where they accumulate and return fp32."""
-    return x if x is None or x.is_cuda or x.dtype == torch.float64 else x.float()
+    return x if x.is_cuda or x.dtype == torch.float64 else x.float()
 
 
 def _scale(terms: TokenLoss | None, slopes: Tensor | None, gradient: torch.dtype | None) -> float:
     """Power of two that brings a gradient in fp16 to around 1; 1 for dtypes with fp32's range."""
     if gradient != torch.float16:
         return 1.0
-    sizes = (terms.token_weights if slopes is None else slopes).abs()
+    sizes = slopes if terms is None else terms.token_weights
+    assert sizes is not None
+    sizes = sizes.abs()
     largest = sizes.max().item() if len(sizes) else 0.0
     return 2.0 ** -math.floor(math.log2(largest)) if largest > 0 else 1.0
 
@@ -209,6 +215,7 @@ def _mixed(head: HeadInputs, start: int, stop: int) -> list[Tensor]:
     """The input of the GEMM as matrices that sum to it, in the weight's dtype."""
     x, dtype = head.hidden[start:stop], head.weight.dtype
     if head.uncond_hidden is not None:
+        assert head.cfg_weight is not None
         uncond = head.uncond_hidden[start:stop].to(_wide(x.dtype))
         x = torch.lerp(uncond, x.to(_wide(x.dtype)), head.cfg_weight)
     if dtype in (x.dtype, _wide(dtype)):

@@ -1,10 +1,10 @@
 """Clipped GRPO loss on a linear head in one pass, guidance-aware, without N x V logits."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 
 from kernels.chunked_head import Gradients, HeadInputs, Needs, check_inputs, run_head
 from kernels.token_loss import Rows, TokenLoss
@@ -101,9 +101,15 @@ def linear_grpo_loss(
     if token_weights is None:
         token_weights = hidden.new_full(targets.shape, 1 / max(len(targets), 1))
     dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
-    values = (advantages, token_weights, old_logprobs, ref_logprobs)
+
+    def detached(values: Tensor | None) -> Tensor | None:
+        return None if values is None else values.detach().to(dtype)
+
     terms = TokenLoss(
-        *(None if v is None else v.detach().to(dtype) for v in values),
+        advantages.detach().to(dtype),
+        token_weights.detach().to(dtype),
+        detached(old_logprobs),
+        detached(ref_logprobs),
         clip_low,
         clip_high,
         dual_clip,
@@ -121,6 +127,7 @@ def linear_grpo_loss(
 @torch.no_grad()
 def _sequence_old(head: HeadInputs, terms: TokenLoss, sequence_ids: Tensor) -> Tensor:
     """Old log-probs that give every token its sequence's mean difference, (N,)."""
+    assert terms.old_logprobs is not None
     logprobs = run_head(head)[0].logprobs
     counted = terms.token_weights != 0
     delta = torch.where(counted, logprobs - terms.old_logprobs, 0)
@@ -132,7 +139,7 @@ def _sequence_old(head: HeadInputs, terms: TokenLoss, sequence_ids: Tensor) -> T
 class _LinearGrpoLoss(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: FunctionCtx,
+        ctx: Any,
         hidden: Tensor,
         uncond_hidden: Tensor | None,
         weight: Tensor,
@@ -151,7 +158,7 @@ class _LinearGrpoLoss(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, scale: Tensor, *_: None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, scale: Tensor, *_: None) -> tuple[Tensor | None, ...]:
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:
             # A second pass over a retained graph: the first one's tensors are the parameters' now.
@@ -164,6 +171,8 @@ class _LinearGrpoLoss(torch.autograd.Function):
 def _summed(rows: Rows, terms: TokenLoss) -> tuple[Tensor, ...]:
     """The fields of a LossOutput from the tokens' values."""
     weights = terms.token_weights
+    assert rows.loss is not None and rows.kl is not None
+    assert rows.clipped is not None and rows.entropy is not None
     shares = weights / weights.sum().clamp(min=torch.finfo(weights.dtype).tiny)
     entropy = rows.entropy.masked_fill(weights == 0, 0)
     return (

@@ -67,7 +67,7 @@ def head_workspace(cond: Tensor, weight: Tensor) -> Tensor:
     if use_triton(cond):
         from kernels.gpu.head_sample import workspace_sizes
 
-        size = sum(workspace_sizes(*cond.shape[:1], *weight.shape, cond.element_size()))
+        size = sum(workspace_sizes(len(cond), len(weight), weight.shape[1], cond.element_size()))
     return torch.zeros(size, dtype=torch.int32, device=cond.device)
 
 

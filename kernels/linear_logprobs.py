@@ -1,8 +1,10 @@
 """Log-probs of targets under a linear head, without the logits of all rows at once."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 
 from kernels.chunked_head import HeadInputs, Needs, check_inputs, run_head
 
@@ -47,7 +49,7 @@ def linear_logprobs(
 class _LinearLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: FunctionCtx,
+        ctx: Any,
         hidden: Tensor,
         uncond_hidden: Tensor | None,
         weight: Tensor,
@@ -60,7 +62,7 @@ class _LinearLogprobs(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, slopes: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, slopes: Tensor) -> tuple[Tensor | None, ...]:
         hidden, uncond_hidden, weight, bias, targets = ctx.saved_tensors
         head = HeadInputs(hidden, weight, targets, bias, uncond_hidden, *ctx.settings)
         needs = Needs(*ctx.needs_input_grad[:4])

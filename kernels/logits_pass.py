@@ -51,6 +51,7 @@ def logits_pass(
     wanted = entropy or gradient is not None
     if scratch is None:
         scratch = pass_scratch(logits)
+    assert scratch is not None
     logprobs, entropies = _softmax(logits, targets, temperature, scratch, entropy, keep=wanted)
     loss = kl = clipped = None
     if terms is not None:
@@ -58,6 +59,7 @@ def logits_pass(
     rows = Rows(logprobs, entropies, loss, kl, clipped, slopes)
     if gradient is None:
         return rows
+    assert slopes is not None
     # One subtraction a row. The slope is a factor of the whole row, and is cheaper to apply to the
     # activations that the gradient meets in its two products than to V entries.
     logits.scatter_add_(1, targets[:, None], logits.new_full((len(targets), 1), -1.0))

@@ -60,7 +60,7 @@ def rms_norm(
         if residual is not None and residual_out is None:
             residual_out = x.new_empty(x.shape)
         launch_rms_norm(x, weight, eps, residual, out, residual_out)
-        return out if residual is None else (out, residual_out)
+        return out if residual_out is None or residual is None else (out, residual_out)
     total = x if residual is None else torch.add(x, residual, out=residual_out)
     if x.dtype == torch.float32:
         normed = F.rms_norm(total, weight.shape, weight, eps)

@@ -36,7 +36,13 @@ class TokenLoss(NamedTuple):
 
     def rows(self, start: int, stop: int) -> "TokenLoss":
         """Tokens start .. stop - 1."""
-        return TokenLoss(*(v[start:stop] if isinstance(v, Tensor) else v for v in self))
+        old, ref = self.old_logprobs, self.ref_logprobs
+        return self._replace(
+            advantages=self.advantages[start:stop],
+            token_weights=self.token_weights[start:stop],
+            old_logprobs=None if old is None else old[start:stop],
+            ref_logprobs=None if ref is None else ref[start:stop],
+        )
 
 
 class Rows(NamedTuple):

@@ -109,10 +109,17 @@ class LanguageModel(nn.Module):
         self.layers = nn.ModuleList(Layer(config) for _ in range(text.num_hidden_layers))
         self.norm = RMSNorm(text.hidden_size, text.rms_norm_eps)
 
+    def decoder_layers(self) -> Iterator[Layer]:
+        """The layers in order."""
+        for layer in self.layers:
+            assert isinstance(layer, Layer)
+            yield layer
+
     def keys_values(self, x: Tensor, cos: Tensor, sin: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """Each layer's k, v (B, Hkv, T, head_dim) of embeddings x (B, T, D); k is rotated."""
-        for layer in self.layers[:-1]:
+        *earlier, last = self.decoder_layers()
+        for layer in earlier:
             x, k, v = layer(x, cos, sin)
             yield k, v
-        last = self.layers[-1]  # nobody reads its output
+        # Nobody reads the last one's output.
         yield last.self_attn.keys_values(last.input_layernorm(x), cos, sin)

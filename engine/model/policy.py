@@ -6,7 +6,8 @@ never padded on the left and no pad is ever attended: a batch of different lengt
 right-padded, which a causal model cannot see, or packed (engine/model/token_tree.py).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Self
 
 import torch
 import torch.nn.functional as F
@@ -107,7 +108,7 @@ class Policy(nn.Module):
     def context_length(self) -> int:
         return self.config.text_config.max_position_embeddings
 
-    def _apply(self, fn, recurse=True):  # noqa: ANN001, ANN202 - torch's signature
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         self._image_table = None
         return super()._apply(fn, recurse)
 

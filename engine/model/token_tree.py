@@ -9,11 +9,12 @@ rows again. A shared token receives the sum of its rows' gradients.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 from torch.nn.attention.bias import causal_lower_right
 
 ABSENT = -1  # past a sequence's end; sorts before every token
@@ -51,13 +52,13 @@ class Gather:
 
 class _Gathered(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: FunctionCtx, x: Tensor, gather: Gather) -> Tensor:
+    def forward(ctx: Any, x: Tensor, gather: Gather) -> Tensor:
         ctx.gather = gather
         return x.index_select(0, gather.index.flatten())
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         gather = ctx.gather
         return F.embedding_bag(gather.places, grad.contiguous(), gather.offsets, mode="sum"), None
 

@@ -11,7 +11,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor, nn
 
-from engine.model.layers import LanguageModel
+from engine.model.layers import LanguageModel, RMSNorm
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +95,7 @@ class OwnWeights:
         return sum(p._version for p in self._trunk.parameters())
 
     def layers(self) -> Iterator[LayerWeights]:
-        for index, layer in enumerate(self._trunk.layers):
+        for index, layer in enumerate(self._trunk.decoder_layers()):
             attention, mlp, where = layer.self_attn, layer.mlp, f"layers.{index}"
             yield LayerWeights(
                 norm1=_norm(layer.input_layernorm),
@@ -110,7 +110,7 @@ class OwnWeights:
         return _norm(self._trunk.norm)
 
 
-def _norm(module: nn.Module) -> NormWeights:
+def _norm(module: RMSNorm) -> NormWeights:
     return NormWeights(module.weight, module.eps)
 
 
@@ -134,7 +134,7 @@ def packed(where: str, *linears: nn.Linear) -> LinearWeights:
     return LinearWeights(_side_by_side([m.weight for m in linears]), bias)
 
 
-def _side_by_side(parameters: list[nn.Parameter]) -> Tensor:
+def _side_by_side(parameters: list[Tensor]) -> Tensor:
     first = parameters[0]
     storage, offset = first.untyped_storage().data_ptr(), first.storage_offset()
     for p in parameters:

@@ -164,8 +164,8 @@ class Decoder:
         state = self.step.state
         assert state.logprobs is not None and state.guided_logprobs is not None
         mask, used = torch.ones_like(state.tokens, dtype=torch.bool), self.steps
-        if state.alive is not None:
-            ends = state.tokens == state.eos
+        if state.eos is not None:
+            ends = state.tokens.eq(state.eos)
             mask = ends.cumsum(1) - ends.long() == 0  # no end before
             used = int(mask.sum(1).max())
         drawn = Drawn(state.tokens, state.logprobs, state.guided_logprobs, mask)

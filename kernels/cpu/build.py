@@ -31,6 +31,7 @@ FLAGS = (
     "-fPIC",
 )
 SWITCH = "T2I_CPU_KERNELS"  # 0: PyTorch's ops instead
+MORE_FLAGS = "T2I_CPU_CFLAGS"  # for the compiler and the linker: warnings, sanitizers
 
 
 class BuildError(RuntimeError):
@@ -56,6 +57,13 @@ def library() -> ctypes.CDLL | None:
         return None
 
 
+def loaded() -> ctypes.CDLL:
+    """The ops, where there are any: for callers that have asked `library`."""
+    found = library()
+    assert found is not None
+    return found
+
+
 def describe() -> str:
     """What the ops run on, for a report: the compiler, or "PyTorch"."""
     return "PyTorch" if library() is None else compiler()[1]
@@ -79,13 +87,16 @@ def build(extra_flags: tuple[str, ...] = ()) -> Path:
     """Compile the library unless it is in the cache. Returns its path.
 
     Args:
-        extra_flags: after FLAGS; for tests of other instruction sets.
+        extra_flags: after FLAGS, before those of T2I_CPU_CFLAGS; for tests of other instruction
+            sets.
     Raises: BuildError.
     """
     if sys.platform != "linux":
         raise BuildError(f"made for Linux only, this is {sys.platform}")
     path, version = compiler()
-    digest = hashlib.sha256(repr((version, FLAGS, extra_flags, _processor())).encode())
+    more = os.environ.get(MORE_FLAGS, "").split()
+    flags = (*FLAGS, *extra_flags, *more)
+    digest = hashlib.sha256(repr((version, flags, _processor())).encode())
     for source in sorted(SOURCES.glob("*.[ch]")):
         digest.update(source.read_bytes())
     folder = _cache_folder()
@@ -96,9 +107,9 @@ def build(extra_flags: tuple[str, ...] = ()) -> Path:
         objects = []
         for source in sorted(SOURCES.glob("*.c")):
             objects.append(f"{scratch}/{source.stem}.o")
-            _run([path, *FLAGS, *extra_flags, "-c", str(source), "-o", objects[-1]])
+            _run([path, *flags, "-c", str(source), "-o", objects[-1]])
         # No -fopenmp: that would load a second runtime, whose threads would fight torch's.
-        _run([path, "-shared", *objects, "-lm", "-o", f"{scratch}/ops.so"])
+        _run([path, "-shared", *more, *objects, "-lm", "-o", f"{scratch}/ops.so"])
         os.replace(f"{scratch}/ops.so", target)  # whole or not at all, whoever else compiles
     return target
 

@@ -9,10 +9,11 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
+from typing import Any
 
 from torch import Tensor
 
-from kernels.cpu.build import BuildError, library
+from kernels.cpu.build import BuildError, loaded
 from kernels.state import Draw, LayerCache, StepState
 
 _thread = threading.local()  # .recording: the Launches that this thread's ops join
@@ -39,7 +40,7 @@ class Launches:
         """Launch all again."""
         if self._array is None:
             self._array = (_Launch * len(self._launches))(*self._launches)
-        library().run_launches(self._array, ctypes.c_int64(len(self._launches)))
+        loaded().run_launches(self._array, ctypes.c_int64(len(self._launches)))
 
 
 @contextmanager
@@ -57,7 +58,7 @@ def record() -> Iterator[Launches]:
 
 
 @cache
-def _op(name: str, fields: tuple[str, ...]) -> tuple[type[ctypes.Structure], ctypes._CFuncPtr, int]:
+def _op(name: str, fields: tuple[str, ...]) -> tuple[type[ctypes.Structure], Any, int]:
     """The structure of an op's arguments, the op, the address of a thread's share of it.
 
     Args:
@@ -67,16 +68,18 @@ def _op(name: str, fields: tuple[str, ...]) -> tuple[type[ctypes.Structure], cty
     structure = type(
         name, (ctypes.Structure,), {"_fields_": [(f[1:], types[f[0]]) for f in fields]}
     )
-    wanted = ctypes.c_int64.in_dll(library(), f"{name}_arguments_size").value
+    wanted = ctypes.c_int64.in_dll(loaded(), f"{name}_arguments_size").value
     if ctypes.sizeof(structure) != wanted:
         raise BuildError(f"{name}: {ctypes.sizeof(structure)} bytes of arguments, C has {wanted}")
-    share = ctypes.cast(getattr(library(), f"{name}_share"), ctypes.c_void_p).value
-    return structure, getattr(library(), name), share
+    share = ctypes.cast(getattr(loaded(), f"{name}_share"), ctypes.c_void_p).value
+    assert share is not None
+    return structure, getattr(loaded(), name), share
 
 
 def _launch(name: str, **values: Tensor | int | float | None) -> None:
     """Call an op with its structure's fields in their order: tensors and None are pointers."""
-    fields, plain = [], []
+    fields: list[str] = []
+    plain: list[int | float | None] = []
     for field, value in values.items():
         if value is None or isinstance(value, Tensor):
             fields.append(f"*{field}")

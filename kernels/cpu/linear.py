@@ -5,7 +5,7 @@ import ctypes
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.cpu.build import library
+from kernels.cpu.build import loaded
 from kernels.cpu.launch import launch_linear
 
 
@@ -21,7 +21,7 @@ class PanelLinear:
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
-        panel = ctypes.c_int64.in_dll(library(), "linear_panel").value
+        panel = ctypes.c_int64.in_dll(loaded(), "linear_panel").value
         padded = F.pad(weight.detach(), (0, 0, 0, -len(weight) % panel))
         self._panels = padded.view(-1, panel, weight.shape[1]).mT.contiguous()
         self._bias = None if bias is None else bias.detach()

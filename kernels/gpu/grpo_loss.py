@@ -244,7 +244,7 @@ def launch_grpo_rows(
     if rows == 0:
         return result
     constants, num_warps = row_config(vocab)
-    has_dual = loss is not None and loss.dual_clip is not None
+    dual_clip = None if loss is None else loss.dual_clip
 
     def given(x: Tensor | None) -> Tensor:
         # A pointer that its constant switches off is never read: any tensor will do.
@@ -257,8 +257,8 @@ def launch_grpo_rows(
         given(result.kl),
         given(result.clipped),
         given(result.slopes),
-        logits if gradient is None else result.gradient,
-        vocab if gradient is None else result.gradient.stride(0),
+        logits if result.gradient is None else result.gradient,
+        vocab if result.gradient is None else result.gradient.stride(0),
         logits,
         targets.contiguous(),
         logits,
@@ -270,13 +270,13 @@ def launch_grpo_rows(
         float(scale),
         1.0 - loss.clip_low if loss else 1.0,
         1.0 + loss.clip_high if loss else 1.0,
-        float(loss.dual_clip) if has_dual else 1.0,
+        1.0 if dual_clip is None else float(dual_clip),
         float(loss.beta) if loss else 0.0,
         vocab,
         HAS_LOSS=loss is not None,
         HAS_OLD=loss is not None and loss.old_logprobs is not None,
         HAS_REF=loss is not None and loss.ref_logprobs is not None,
-        HAS_DUAL=has_dual,
+        HAS_DUAL=dual_clip is not None,
         HAS_GRADIENT=gradient is not None,
         **constants,
         num_warps=num_warps,

@@ -30,6 +30,7 @@ def linear_grpo_loss(
     """See kernels.linear_grpo_loss. Guidance is applied to the logits; chunk_rows is ignored."""
     logits = reference.linear_logits(hidden, weight, bias, 1.0)
     if uncond_hidden is not None:
+        assert cfg_weight is not None
         uncond = reference.linear_logits(uncond_hidden, weight, bias, 1.0)
         logits = reference.guide(logits, uncond, cfg_weight)
     full = (logits / temperature).log_softmax(-1)
