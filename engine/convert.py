@@ -41,6 +41,7 @@ def main(argv: list[str]) -> None:
     size = max(1, int(config.max_shard_gb * 1e9))
     save_policy(policy, config.out, layout=config.layout, max_shard_bytes=size)
     count = sum(p.numel() for p in policy.parameters())
+    assert policy.source is not None  # load_policy's have one
     beside = "" if policy.source.aside else "; it had no understanding tower to carry over"
     print(f"{config.out}: {config.layout} layout, {count:,} weights of the policy{beside}")
 

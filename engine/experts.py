@@ -142,7 +142,7 @@ def _why(name: str) -> str:
 def _load(name: str, given: Mapping[str, str], options: dict[str, Any]) -> RewardExpert:
     """A real expert, from its files where it has a flag for them."""
     source = SOURCES[name]
-    if source.config_flag in given:
+    if source.config_flag is not None and source.config_flag in given:
         options = {**options, "config": given[source.config_flag]}
     cls = getattr(importlib.import_module(source.module), source.cls)
     try:

@@ -59,7 +59,8 @@ class Trainer:
         folder = folder_of(config.model)
         template = load_template(folder, config.reasoning_prompt_path)
         dtype = getattr(torch, config.dtype)
-        config.cfg_weight = guidance_scale(config.model, config.cfg_weight)
+        self.cfg_weight = guidance_scale(config.model, config.cfg_weight)
+        config.cfg_weight = self.cfg_weight
         self.config, self.rows, self.eval_rows = config, rows, eval_rows
         self.policy = load_policy(config.model, dtype=dtype, device=device)
         self.conversation = Conversation(self.policy, template)
@@ -141,7 +142,7 @@ class Trainer:
             sample_ids=first_sample + torch.arange(len(prompts), device=self.policy.device),
             seed=config.seed,
             max_completion_length=config.max_completion_length,
-            cfg_weight=config.cfg_weight,
+            cfg_weight=self.cfg_weight,
             temperature=config.temperature,
             images_per_plan=config.images_per_plan,
         )
@@ -174,7 +175,7 @@ def _evaluate(
         trainer.eval_rows,
         generations=config.eval_generations,
         max_completion_length=config.max_completion_length,
-        cfg_weight=config.cfg_weight,
+        cfg_weight=trainer.cfg_weight,
         temperature=config.temperature,
         ensemble=pipeline,
         pictures=inside(config.run_dir, f"eval/{when}"),

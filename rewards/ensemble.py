@@ -153,7 +153,8 @@ class Ensemble:
             raise RewardError(
                 f"every expert that has a weight failed on this batch: {', '.join(skipped)}"
             )
-        total = sum(s * (self.weights[name] / weight) for name, s in by_expert.items())
+        parts = [s * (self.weights[name] / weight) for name, s in by_expert.items()]
+        total = sum(parts[1:], parts[0])
         return Scores(total, by_expert, skipped)
 
     def _scores_of(

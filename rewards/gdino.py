@@ -158,7 +158,7 @@ class GroundingDino(DetectorExpert):
         Args: images: (B, 3, H, W) float in [0, 1].
         Returns: (B, 3, H', W') fp32.
         """
-        size = shortest_edge_size(*images.shape[-2:], *self._edges)
+        size = shortest_edge_size(images.shape[-2], images.shape[-1], *self._edges)
         return normalize(resize(images, size), self._mean, self._std)
 
     def captions(self, names: list[list[str]], width: int) -> Captions:
@@ -240,7 +240,7 @@ def _image_settings(
     settings: dict[str, Any], path: Path
 ) -> tuple[tuple[int, int], list[float], list[float]]:
     """Shortest and longest edge, mean and standard deviation."""
-    size = settings.get("size")
+    size: Any = settings.get("size")
     try:
         edges = int(size["shortest_edge"]), int(size["longest_edge"])
         mean, std = ([float(x) for x in settings[key]] for key in ("image_mean", "image_std"))

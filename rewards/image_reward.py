@@ -144,7 +144,7 @@ class ImageReward:
         Returns: (B, 3, S, S) fp32.
         """
         side = self._side
-        size = shortest_edge_size(*images.shape[-2:], side)
+        size = shortest_edge_size(images.shape[-2], images.shape[-1], side)
         # Half an odd margin goes to the even number, as torchvision's CenterCrop rounds it.
         top, left = (round((edge - side) / 2) for edge in size)
         images = resize(images, size, mode="bicubic")[..., top : top + side, left : left + side]

@@ -214,4 +214,4 @@ class OCR:
         Args: picture: (H, W, 3) uint8, BGR. rapidocr takes an array as OpenCV would have it and
             turns only what it opens itself.
         """
-        return list(self._engine(picture).txts or ())
+        return list(getattr(self._engine(picture), "txts", None) or ())

@@ -186,7 +186,7 @@ class RewardPipeline:
         ready: torch.cuda.Event | None,
     ) -> tuple[Scores, torch.cuda.Event | None]:
         stream = torch.cuda.current_stream(self._device) if self._device.type == "cuda" else None
-        if stream is not None:
+        if stream is not None and ready is not None:
             images.record_stream(stream)
             stream.wait_event(ready)
         elif ready is not None:

@@ -153,7 +153,10 @@ class Transform:
         """
         self.mean = _channels(settings, "image_mean")
         self.std = _channels(settings, "image_std")
-        filters = {2: "bilinear", 3: "bicubic"}  # PIL's numbers
+        filters: dict[int, Literal["bilinear", "bicubic"]] = {
+            2: "bilinear",
+            3: "bicubic",
+        }  # PIL's numbers
         if settings.get("resample", 3) not in filters:
             raise ValueError(f"resample: wanted one of {filters}, got {settings['resample']!r}")
         self._mode = filters[settings.get("resample", 3)]
@@ -182,7 +185,7 @@ class Transform:
         """(B, 3, H, W) float in [0, 1] -> (B, 3, *output_size) fp32, normalised."""
         size = self._size
         if isinstance(size, int):
-            size = shortest_edge_size(*images.shape[-2:], size)
+            size = shortest_edge_size(images.shape[-2], images.shape[-1], size)
         images = resize(images, size, mode=self._mode)
         if self._crop is not None:
             height, width = self._crop

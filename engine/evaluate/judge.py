@@ -106,8 +106,8 @@ def evaluate(
     tasks = list(dict.fromkeys(r["task_type"] for r in records))
     by_task = {}
     for task in tasks:
-        values = [r["score"] for r in records if r["task_type"] == task]
-        by_task[task] = {"mean": sum(values) / len(values), "n": len(values)}
+        of_task = [r["score"] for r in records if r["task_type"] == task]
+        by_task[task] = {"mean": sum(of_task) / len(of_task), "n": len(of_task)}
     summary = {
         "scored_by": "experts" if judged is None else "judge",
         "mean": sum(task["mean"] for task in by_task.values()) / len(by_task),

@@ -51,7 +51,7 @@ class GenerateConfig:
     # fmt: off
     prompt: list[str] = option((), "prompts, for a grid to look at", group="what")
     prompts: str | None = option(None, "a prompt file instead: .json, .jsonl, .csv, .parquet, .txt, or tiny:heldout")
-    num_generations: int | None = option(None, "pictures of each prompt; none: 4, for wise 1", at_least=1, at_most=PICTURES)
+    num_generations: int = option(None, "pictures of each prompt; none: 4, for wise 1", at_least=1, at_most=PICTURES)
     out: str = option("generated", "folder for the pictures and manifest.jsonl; with --prompt for grid.png and plans.json")
     layout: Literal["plain", "t2i-compbench", "geneval", "wise"] = option("plain", "file names of --prompts, for a benchmark's evaluator")
     overwrite: bool = option(False, "start anew where the settings of --out's pictures differ")
@@ -68,6 +68,8 @@ class GenerateConfig:
     # fmt: on
 
     def __post_init__(self) -> None:
+        if self.num_generations is None:
+            self.num_generations = 1 if self.layout == "wise" else 4
         check_fields(self)
         check_device("device", self.device)
         if bool(self.prompt) == (self.prompts is not None):
@@ -76,8 +78,6 @@ class GenerateConfig:
             raise UserError("--prompt: a prompt is empty")
         if self.prompt and self.layout != "plain":
             raise UserError(f"--layout {self.layout} names the pictures of --prompts FILE")
-        if self.num_generations is None:
-            self.num_generations = 1 if self.layout == "wise" else 4
 
 
 def main(argv: list[str]) -> None:
@@ -86,7 +86,7 @@ def main(argv: list[str]) -> None:
     template = load_template(folder_of(config.model), config.reasoning_prompt_path)
     if config.prompt:
         draw_grid([{"prompt": prompt} for prompt in config.prompt], template, config)
-    else:
+    elif config.prompts is not None:
         fill_folder(load_prompts(config.prompts), template, config)
 
 
@@ -172,7 +172,7 @@ def draw_grid(rows: list[Row], template: PromptTemplate, config: GenerateConfig)
 def fill_folder(rows: list[Row], template: PromptTemplate, config: GenerateConfig) -> None:
     """The pictures of a prompt file that --out does not hold yet, and its manifest."""
     each = config.num_generations
-    files = layout_files(config.layout, rows, each, config.prompts)
+    files = layout_files(config.layout, rows, each, config.prompts or "--prompts")
     folder = PictureFolder(
         Path(config.out),
         files.pictures,
@@ -197,6 +197,7 @@ def fill_folder(rows: list[Row], template: PromptTemplate, config: GenerateConfi
             missing = [n for n in numbers if n not in folder.records]
             if not missing:
                 continue
+            assert draw is not None  # something is missing, so the folder was not complete
             made = draw(numbers)
             records = [
                 record(rows[n // each], plan, n, config)

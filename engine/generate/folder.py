@@ -187,7 +187,7 @@ class PictureFolder:
         """Remove the files of an earlier job, so that no evaluator finds them among the new."""
         folders = set()
         names = (record["file"] for record in self._read_manifest())
-        for name in chain(self.earlier.get("texts", []), names):
+        for name in chain((self.earlier or {}).get("texts", []), names):
             file = inside_or_none(self.path, name) if is_ours(name) else None
             if file is None:
                 continue

@@ -1,6 +1,7 @@
 """The part of the trainer that learns: policy, reference, optimizer, and their state on disk."""
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -129,7 +130,7 @@ class Learner:
 
     def save(self, step: int) -> None:
         """Checkpoint what a resumed run cannot derive from its settings."""
-        tensors = {
+        tensors: dict[str, Mapping[str, Tensor]] = {
             "policy": self.policy.trainable(),
             "optimizer": optimizer_tensors(self.optimizer, self.names),
         }

@@ -1,5 +1,7 @@
 """Prompts and plans as token ids: the two stages of a Janus conversation."""
 
+from collections.abc import Sequence
+
 from torch import Tensor, tensor
 
 from engine.model.policy import Policy
@@ -11,17 +13,19 @@ class Conversation:
     """Encodes what the policy reads and decodes the plans that it writes."""
 
     def __init__(self, policy: Policy, template: PromptTemplate) -> None:
-        self.policy, self.template = policy, template
+        if policy.tokenizer is None:
+            raise ValueError("policy: wanted one with a tokenizer")
+        self.policy, self.template, self.tokenizer = policy, template, policy.tokenizer
 
     def encode(self, text: str) -> list[int]:
-        return self.policy.tokenizer.encode(text, add_special_tokens=False)
+        return self.tokenizer.encode(text, add_special_tokens=False)
 
     def stage1(self, prompt: str) -> Tensor:
         """What the plan continues: (L,) int64, BOS first."""
         ids = [self.policy.bos, *self.encode(self.template.stage1_text(prompt))]
         return tensor(ids, device=self.policy.device)
 
-    def stage2(self, prompt: str, plan: str) -> Tensor:
+    def stage2(self, prompt: str, plan: str | None) -> Tensor:
         """What the image tokens continue: (L,) int64, BOS first, image-start last."""
         ids = self.encode(self.template.stage2_text(prompt, plan))
         return tensor([self.policy.bos, *ids, self.policy.image_start], device=self.policy.device)
@@ -29,11 +33,11 @@ class Conversation:
     def plans(self, ids: Tensor, mask: Tensor) -> list[str]:
         """Completions (B, T) with their mask as text, special tokens dropped."""
         return [
-            self.policy.tokenizer.decode(row[kept], skip_special_tokens=True).strip()
+            self.tokenizer.decode(row[kept], skip_special_tokens=True).strip()
             for row, kept in zip(ids.cpu(), mask.cpu(), strict=True)
         ]
 
-    def check(self, rows: list[Row], source: str, *, max_prompt: int, max_plan: int) -> None:
+    def check(self, rows: Sequence[Row], source: str, *, max_prompt: int, max_plan: int) -> None:
         """Raise UserError naming the first prompt that is too long for the model, or for the user."""
         spare = self.policy.context_length - max_plan
         for number, row in enumerate(rows, 1):

@@ -130,7 +130,8 @@ def _array_rows(text: str, file: Path) -> Iterator[Located]:
 
 
 def _skip_blank(text: str, position: int) -> int:
-    return _BLANK.match(text, position).end()
+    blank = _BLANK.match(text, position)
+    return position if blank is None else blank.end()
 
 
 def _csv_rows(file: Path) -> Iterator[Located]:

@@ -108,8 +108,9 @@ def _hacking(run: Run) -> tuple[str, list[tuple[int, int, str]]]:
     )
     agreement = []
     for when in ("before", "after"):
-        pairs = [(row.get("reward"), row.get("score")) for row in run.rows[when]]
-        pairs = [p for p in pairs if all(isinstance(v, (int, float)) for v in p)]
+        scored = [(row.get("reward"), row.get("score")) for row in run.rows[when]]
+        numbers = (int, float)
+        pairs = [(a, b) for a, b in scored if isinstance(a, numbers) and isinstance(b, numbers)]
         r = correlation([p[0] for p in pairs], [p[1] for p in pairs])
         if r is not None:
             agreement.append(f"{r:.2f} {when} training ({len(pairs)} pictures)")

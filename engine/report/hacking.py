@@ -1,7 +1,7 @@
 """Looks for reward hacking: where the reward the policy is paid rises and the judge falls."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -19,7 +19,7 @@ RULE = (
 )
 
 
-def rolling_mean(values: Sequence[float], window: int = WINDOW) -> np.ndarray:
+def rolling_mean(values: Sequence[float] | np.ndarray, window: int = WINDOW) -> np.ndarray:
     """Centred mean over `window` values, fewer at the ends; NaN is left out.
 
     Returns: (N,) float64, NaN where the window holds no finite value.
@@ -115,13 +115,13 @@ def correlation(a: Sequence[float], b: Sequence[float]) -> float | None:
     """Pearson correlation over the finite pairs; None for under 3 pairs or a constant side."""
     pair = np.asarray([a, b], np.float64).reshape(2, -1)
     pair = pair[:, np.isfinite(pair).all(0)]
-    if pair.shape[1] < 3 or (pair.std(1) < 1e-12).any():
+    if pair.shape[1] < 3 or bool((pair.std(1) < 1e-12).any()):
         return None
-    return float(np.corrcoef(pair)[0, 1])
+    return float(np.asarray(np.corrcoef(pair))[0, 1])
 
 
 def expert_correlations(
-    experts: dict[str, Sequence[float]], judge: Sequence[float]
+    experts: Mapping[str, Sequence[float]], judge: Sequence[float]
 ) -> list[tuple[str, float | None]]:
     """(expert, correlation of its reward with the judge over the steps), the lowest first.
 

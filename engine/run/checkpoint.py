@@ -194,7 +194,7 @@ def load_optimizer_tensors(
     Args: as there; source: the file the tensors came from, for the error.
     Raises: UserError naming file and key; the optimizer is then unchanged.
     """
-    restored = {}
+    restored: dict[Any, Any] = {}
     expected = []
     for group in optimizer.param_groups:
         on_device = group.get("fused") or group.get("capturable")

@@ -16,8 +16,10 @@ LINE_HEIGHT = 17
 MAX_LINES = 12  # of one caption; a longer one ends in an ellipsis
 INK, MUTED, PAPER, FRAME = (24, 27, 32), (92, 98, 108), (255, 255, 255), (214, 218, 224)
 
+Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
-def wrap(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
+
+def wrap(text: str, font: Font, width: int) -> list[str]:
     """One paragraph as lines of at most `width` pixels; a word that is too long is broken."""
     lines = [""]
     for word in text.split():
@@ -35,7 +37,7 @@ def wrap(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
 
 
 def _caption(
-    text: str, score: float | None, font: ImageFont.FreeTypeFont, width: int
+    text: str, score: float | None, font: Font, width: int
 ) -> list[tuple[str, tuple[int, int, int]]]:
     """(line, colour) pairs: the first of several paragraphs is the prompt and stands out."""
     paragraphs = [p for p in text.split("\n") if p.strip()] or [""]
@@ -81,8 +83,8 @@ def draw_grid(
     _check(images, captions, columns, scale, scores)
     columns = min(columns, len(images))
     pixels = images.detach().float().cpu().clamp(0, 1).mul(255).round().to(torch.uint8)
-    pixels = pixels.permute(0, 2, 3, 1).numpy()  # (B, H, W, 3)
-    height, width = pixels.shape[1] * scale, pixels.shape[2] * scale
+    pictures = pixels.permute(0, 2, 3, 1).numpy()  # (B, H, W, 3)
+    height, width = pictures.shape[1] * scale, pictures.shape[2] * scale
     font = ImageFont.load_default(FONT_SIZE)
     title_font = ImageFont.load_default(TITLE_SIZE)
     texts = [

@@ -15,13 +15,16 @@ import types
 from collections.abc import Iterable, Sequence
 from dataclasses import MISSING, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
 from engine.settings.errors import UserError
 
-T = TypeVar("T")
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+T = TypeVar("T", bound="DataclassInstance")
 BOUNDS = {
     "at_least": (">=", operator.ge),
     "above": (">", operator.gt),
@@ -101,15 +104,18 @@ def nearest(name: str, names: Iterable[str]) -> str:
     return difflib.get_close_matches(name, list(names), n=1, cutoff=0.0)[0]
 
 
-def _names(cls: type) -> dict[str, str]:
+def _names(cls: "type[DataclassInstance]") -> dict[str, str]:
     """Every accepted name -> the field it sets."""
     fields = dataclasses.fields(cls)
     return {name: f.name for f in fields for name in (f.name, *f.metadata["aliases"])}
 
 
-def _read_flags(cls: type, argv: Sequence[str]) -> tuple[dict[str, Any], str | None]:
+def _read_flags(
+    cls: "type[DataclassInstance]", argv: Sequence[str]
+) -> tuple[dict[str, Any], str | None]:
     """Field values and the `--config` path of a command line; a later flag wins."""
-    names, hints, values = _names(cls), get_type_hints(cls), {}
+    names, hints = _names(cls), get_type_hints(cls)
+    values: dict[str, Any] = {}
     config_path, words = None, list(argv)
     while words:
         word = words.pop(0)
@@ -142,9 +148,11 @@ def _single(flag: str, given: list[str]) -> str:
     return given[0]
 
 
-def _read_yaml(cls: type, path: Path) -> dict[str, Any]:
+def _read_yaml(cls: "type[DataclassInstance]", path: Path) -> dict[str, Any]:
     """Field values of a YAML file, each checked with its line at hand."""
-    names, hints, values = _names(cls), get_type_hints(cls), {}
+    names, hints = _names(cls), get_type_hints(cls)
+    defaults = {f.name: f.default for f in dataclasses.fields(cls)}
+    values: dict[str, Any] = {}
     try:
         loader = yaml.SafeLoader(path.read_text(encoding="utf-8"))
         root = loader.get_single_node()
@@ -169,7 +177,10 @@ def _read_yaml(cls: type, path: Path) -> dict[str, Any]:
             value = loader.construct_object(node, deep=True)
         except (yaml.YAMLError, ValueError) as error:
             raise UserError(f"{where}: {name}: {getattr(error, 'problem', error)}") from error
-        values[names[name]] = _convert(hints[names[name]], value, f"{where}: {name}")
+        # null leaves a setting whose default is none at it, even where none stands for a number.
+        if value is not None or defaults[names[name]] is not None:
+            value = _convert(hints[names[name]], value, f"{where}: {name}")
+        values[names[name]] = value
     return values
 
 
@@ -216,7 +227,7 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     raise UserError(f"{where}: expected {wanted}, got {reprlib.repr(value)}")
 
 
-def _help_text(cls: type, description: str) -> str:
+def _help_text(cls: "type[DataclassInstance]", description: str) -> str:
     hints = get_type_hints(cls)
     rows = [("", ""), ("--config FILE.yaml", "read settings from a file; flags override it")]
     # What a class inherits comes after what is its own.
@@ -228,8 +239,9 @@ def _help_text(cls: type, description: str) -> str:
         is_list = get_origin(hint) is list
         if is_list or get_origin(hint) in (Union, types.UnionType):
             hint = get_args(hint)[0]
-        has_list = f.default_factory is not MISSING
-        default = " ".join(map(str, f.default_factory())) if has_list else f.default
+        default = f.default
+        if f.default_factory is not MISSING:
+            default = " ".join(map(str, f.default_factory()))
         word = {int: " N", float: " X", str: " TEXT", bool: f", --no-{f.name}"}.get(hint, " NAME")
         if get_origin(hint) is Literal:
             text += f" {{{', '.join(get_args(hint))}}}"

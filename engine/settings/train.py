@@ -13,7 +13,7 @@ from engine.settings.errors import UserError
 from engine.settings.options import check_fields, option
 from engine.settings.rewards import RewardConfig
 
-# Settings whose default depends on the model: the embedded one's, T2I-R1's.
+# Settings whose default, none until then, depends on the model: the embedded one's, T2I-R1's.
 BY_MODEL = {"max_steps": (80, 1600), "beta": (0.1, 0.01), "learning_rate": (4e-4, 1e-6)}
 
 
@@ -30,7 +30,7 @@ class TrainConfig(RewardConfig):
     resume: bool = option(False, "continue the run folder from its last checkpoint")
     on_reward_error: Literal["raise", "skip"] = option("raise", "when an expert fails: stop, or drop it for the batch")
     plan: bool = option(False, "print the model's weights and the memory it takes, and stop")
-    max_steps: int | None = option(None, "training steps; none: 80 for tiny, else T2I-R1's 1600", group="batch", at_least=1)
+    max_steps: int = option(None, "training steps; none: 80 for tiny, else T2I-R1's 1600", group="batch", at_least=1)
     prompts_per_step: int = option(8, "prompts in a step", at_least=1)
     num_generations: int = option(8, "plans (semantic CoTs) sampled for a prompt", at_least=1)
     images_per_plan: int = option(1, "images sampled for a plan", at_least=1, aliases=["new_generations_image"])
@@ -45,14 +45,14 @@ class TrainConfig(RewardConfig):
     logprob_policy: Literal["conditional", "guided", "guided_detached"] = option("conditional", "image log-prob that is trained")
     loss_type: Literal["token", "sequence", "dr_grpo"] = option("token", "mean over tokens, per sequence, or Dr. GRPO's constant")
     ratio_level: Literal["token", "sequence"] = option("token", "importance ratio of a token, or of a sequence (GSPO)")
-    beta: float | None = option(None, "weight of the KL term; none: 0.1 for tiny, else T2I-R1's 0.01", at_least=0)
+    beta: float = option(None, "weight of the KL term; none: 0.1 for tiny, else T2I-R1's 0.01", at_least=0)
     clip_low: float = option(0.2, "ratios are clipped below 1 - clip_low", at_least=0, at_most=1, aliases=["epsilon"])
     clip_high: float = option(0.2, "ratios are clipped above 1 + clip_high", at_least=0, aliases=["epsilon_high"])
     dual_clip: float | None = option(None, "bound c > 1 of the surrogate where the advantage is negative; none: off", above=1)
     truncated_is: float = option(0.0, "cap of the truncated importance weights; 0: off", at_least=0)
     old_logprobs: Literal["rollout", "recompute"] = option("rollout", "where old log-probs come from")
     share_prompts: bool = option(True, "what sequences begin with in common is computed once, gradient included")
-    learning_rate: float | None = option(None, "peak learning rate of AdamW; none: 4e-4 for tiny, else T2I-R1's 1e-6", group="optimizer", at_least=0)
+    learning_rate: float = option(None, "peak learning rate of AdamW; none: 4e-4 for tiny, else T2I-R1's 1e-6", group="optimizer", at_least=0)
     lr_scheduler_type: Literal["constant", "linear", "cosine"] = option("linear", "learning rate after the warmup")
     warmup_steps: int = option(0, "steps of linear warmup", at_least=0)
     weight_decay: float = option(0.0, "AdamW's weight decay", at_least=0)
@@ -72,10 +72,10 @@ class TrainConfig(RewardConfig):
     # fmt: on
 
     def __post_init__(self) -> None:
-        check_fields(self)
         for name, (tiny, published) in BY_MODEL.items():
             if getattr(self, name) is None:
                 setattr(self, name, tiny if self.model == "tiny" else published)
+        check_fields(self)
         if self.group_size < 2:
             raise UserError(
                 "num_generations * images_per_plan must be >= 2 (a group needs something to "

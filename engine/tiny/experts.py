@@ -5,6 +5,7 @@ a yes/no attribute model does, `orm` as a whole-prompt model does. The three sha
 `SceneReader`, so a batch is analysed once.
 """
 
+from collections.abc import Callable
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -168,7 +169,11 @@ def build_experts(
     Raises: UserError naming an unknown expert or an unusable weights file.
     """
     reader = SceneReader()
-    exact = {"gdino": Detector, "git": AttributeVQA, "orm": WholePromptORM}
+    exact: dict[str, Callable[[SceneReader], RewardExpert]] = {
+        "gdino": Detector,
+        "git": AttributeVQA,
+        "orm": WholePromptORM,
+    }
     experts: list[RewardExpert] = []
     for name in names:
         if name == "hps":

@@ -116,7 +116,7 @@ def initialise(policy: Policy) -> None:
                 torch.nn.init.zeros_(module.bias)
         elif isinstance(module, torch.nn.Embedding):
             torch.nn.init.normal_(module.weight, std=0.3)
-    for layer in policy.model.language_model.layers:
+    for layer in policy.model.language_model.decoder_layers():
         for out in (layer.self_attn.o_proj, layer.mlp.down_proj):
             out.weight.data.mul_((2 * len(policy.model.language_model.layers)) ** -0.5)
     policy.model.generation_embeddings.weight.data.copy_(

@@ -63,6 +63,7 @@ def _initialise(vq: JanusVQVAE) -> None:
         # transformers' standard deviation of 0.02 starves a network this narrow of signal.
         if isinstance(module, torch.nn.Conv2d):
             torch.nn.init.kaiming_normal_(module.weight, nonlinearity="linear")
+            assert module.bias is not None
             torch.nn.init.zeros_(module.bias)
     codebook = vq.quantize.embedding.weight
     codebook.data = F.normalize(torch.randn_like(codebook), dim=-1)

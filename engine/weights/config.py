@@ -145,7 +145,7 @@ def _vq_widths(shapes: Shapes) -> dict[str, Any]:
     encoder = "gen_vision_model.encoder"
     first = shapes.get(f"{encoder}.conv_in.weight", ())
     latent = shapes.get(f"{encoder}.conv_out.weight", ())
-    widths = []
+    widths: list[int] = []
     while key := shapes.get(f"{encoder}.conv_blocks.{len(widths)}.res.0.conv2.weight"):
         widths.append(key[0])
     if not widths or len(first) != 4 or len(latent) != 4 or not first[0]:

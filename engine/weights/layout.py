@@ -193,12 +193,12 @@ def _to_original(name: str, entry: Entry, entries: Mapping[str, Entry]) -> dict[
         shape = (3 * entry.shape[0], *entry.shape[1:])
         new = f"{_TOWER}.blocks.{split[1]}.attn.qkv.{split[2]}"
         return {new: Made(parts, shape, entry.dtype, lambda *x: torch.cat(x))}
-    new = renamed(name, ORIGINAL)
-    if new is None:
+    place = renamed(name, ORIGINAL)
+    if place is None:
         raise UserError(f"{entry.file}: {name!r} has no place in the original layout")
-    if new != _POSITIONS[0]:
-        return {new: Made((name,), entry.shape, entry.dtype, torch.clone)}
-    return {new: Made((name,), (1, *entry.shape), entry.dtype, lambda x: x[None].clone())}
+    if place != _POSITIONS[0]:
+        return {place: Made((name,), entry.shape, entry.dtype, torch.clone)}
+    return {place: Made((name,), (1, *entry.shape), entry.dtype, lambda x: x[None].clone())}
 
 
 def _misfit(name: str, entry: Entry, wanted: str) -> UserError:

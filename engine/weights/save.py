@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
+from transformers import JanusConfig
 
 from engine.model.policy import Policy
 from engine.run.inside import inside, inside_or_none
@@ -23,6 +24,7 @@ from engine.weights.layout import (
     LAYOUTS,
     ORIGINAL,
     TRANSFORMERS,
+    Made,
     aside_in,
     is_original_only,
     renamed,
@@ -172,11 +174,13 @@ def _outputs(policy: Policy, layout: str) -> tuple[dict[str, _Output], dict[str,
         reader = Reader(policy.source.aside)
         for key, made in aside_in(layout, policy.source.aside).items():
             target = only if layout == TRANSFORMERS and is_original_only(key) else outputs
-            target[key] = _Output(
-                prod(made.shape) * made.dtype.itemsize,
-                lambda made=made: made.make(*(reader[name] for name in made.sources)),
-            )
+            size = prod(made.shape) * made.dtype.itemsize
+            target[key] = _Output(size, partial(_made, made, reader))
     return outputs, only
+
+
+def _made(made: Made, reader: Reader) -> Tensor:
+    return made.make(*(reader[name] for name in made.sources))
 
 
 def _write_shards(folder: Path, outputs: Mapping[str, _Output], max_bytes: int) -> None:
@@ -189,7 +193,8 @@ def _write_shards(folder: Path, outputs: Mapping[str, _Output], max_bytes: int) 
             size = 0
         shards[-1].append(key)
         size += output.bytes
-    single, places = folder / "model.safetensors", {}
+    single = folder / "model.safetensors"
+    places: dict[str, str] = {}
     for number, keys in enumerate(shards, 1):
         name = f"model-{number:05}-of-{len(shards):05}.safetensors"
         path = single if len(shards) == 1 else folder / name
@@ -203,7 +208,7 @@ def _write_shards(folder: Path, outputs: Mapping[str, _Output], max_bytes: int) 
         _write_json(folder / f"{single.name}.index.json", content)
 
 
-def _transformers_config(policy: Policy) -> Any:
+def _transformers_config(policy: Policy) -> JanusConfig:
     config = copy.deepcopy(policy.config)
     config.architectures = ["JanusForConditionalGeneration"]
     for part in (config, config.text_config, config.vision_config, config.vq_config):

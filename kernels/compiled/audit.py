@@ -313,7 +313,8 @@ def narrow_accesses(launch: Launch, ptx: str, code: MachineCode) -> tuple[list[s
     """Accesses narrower than 128 bits: those that should be wide, and the exempt arguments."""
     ordered = [(n, launch.signature[n]) for n in launch.kernel.arg_names if n in launch.signature]
     accesses = read_ptx(ptx, ordered)
-    narrow, exempt = [], set()
+    narrow: list[str] = []
+    exempt: set[str] = set()
     for access in accesses:
         if access.bits < WIDE:
             if set(access.arguments) <= set(launch.narrow_ok):

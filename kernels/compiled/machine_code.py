@@ -6,6 +6,7 @@ import tempfile
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from triton import knobs
 
@@ -76,7 +77,8 @@ def read_cubin(cubin: bytes) -> MachineCode:
 
 def read_sass(sass: str) -> MachineCode:
     """Count the memory and tensor-core instructions of a disassembly."""
-    code, local = MachineCode(), Counter()
+    code = MachineCode()
+    local: Counter[str] = Counter()
     names = INSTRUCTION.findall(sass)
     if not any(name.startswith("EXIT") for name in names):
         raise RuntimeError(f"no SASS in what nvdisasm printed: {sass[:200]!r}")
@@ -207,7 +209,7 @@ def _global_access(op: str, operands: list[str]) -> tuple[str, int, str] | None:
     return kind, bits * vector, address
 
 
-def _tool_output(tool: object, *words: object) -> str:
+def _tool_output(tool: Any, *words: object) -> str:
     answer = subprocess.run(
         [tool.path, *map(str, words)], capture_output=True, text=True, check=False
     )

@@ -1,6 +1,5 @@
 """What the ahead-of-time audit needs to know of a kernel launch."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -59,7 +58,7 @@ class Launch:
     """
 
     name: str
-    kernel: Callable[..., Any]
+    kernel: Any
     signature: dict[str, str]
     constexprs: dict[str, Any]
     divisible: tuple[str, ...] = ()
