@@ -6,6 +6,7 @@ setup(
     name="t2i-engine",
     version="0.1.0",
     description="Kernel-centric GRPO engine for autoregressive image generators",
+    license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(
         include=[
@@ -38,10 +39,7 @@ setup(
         "test": ["pytest", "pyarrow", "rapidocr>=3.10", "onnxruntime"],
         "parquet": ["pyarrow"],
         "ocr": ["rapidocr>=3.10", "onnxruntime"],
-        "deepspeed": ["deepspeed"],
-        # A source build on a GPU machine: pip install --no-build-isolation ".[flash]"
-        "flash": ["flash-attn"],
-        "xformers": ["xformers"],
         "bench": ["matplotlib", "liger-kernel>=0.8.5", "trl>=1.16", "cut-cross-entropy>=25.1"],
+        "dev": ["ruff", "mypy", "pre-commit"],
     },
 )
