@@ -44,7 +44,9 @@ class Config:
     groups: list[int] = option((1, 8), "rows that share a prompt prefix", at_least=1)
     only: list[str] = option((), "modules of kernels.gpu by name; none: all")
     quick: bool = option(False, "compile one configuration of each kernel, dtype and architecture")
-    write: str | None = option(None, "also write the tables as a Markdown page, docs/kernels.md")
+    write: str | None = option(
+        None, "also write the tables as a Markdown page, bench/results/kernels.md"
+    )
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -167,12 +169,11 @@ def _span(counts: Iterable[int]) -> str:
 def page(
     config: Config, models: list[str], report: dict, launches: list[tuple[str, "Launch"]]
 ) -> str:
-    """docs/kernels.md: the rules, a row a kernel, dtype and architecture, and the traffic."""
+    """The tables: a row a kernel, dtype and architecture, and the traffic; docs/kernels.md reads them."""
     import triton
 
     from kernels.compiled import audit
 
-    rules = audit.__doc__[audit.__doc__.index("* No spills") :].strip()
     columns = {
         "provider": "kernel",
         "dtype": "dtype",
@@ -189,21 +190,14 @@ def page(
         "traffic_over_least": "bytes / least",
     }
     lines = [
-        "# Kernels, as compiled",
+        "# Kernels, as compiled: the tables",
         "",
-        "Written by `python -m bench kernels --write docs/kernels.md`; do not edit. No GPU is",
-        f"needed. Compiled with Triton {triton.__version__} for {', '.join(config.arch)}; "
+        "Written by `python -m bench kernels --write bench/results/kernels.md`; do not edit.",
+        "docs/kernels.md says how to read them. "
+        f"Compiled with Triton {triton.__version__} for {', '.join(config.arch)}; "
         f"{', '.join(models)}; rows {', '.join(map(str, config.rows))}; "
         f"groups {', '.join(map(str, config.groups))}"
         f"{'; one configuration of each kernel and dtype' if config.quick else ''}.",
-        "",
-        "The rules, which tests/kernels/compiled/test_audit.py holds every kernel to:",
-        "",
-        rules,
-        "",
-        "A configuration is a distinct compilation. Registers, spills, shared memory and traffic",
-        "are the worst of a row's configurations; loads and stores are instructions of a thread",
-        "(asynchronous copies are loads), the fewest and the most.",
         "",
         "| " + " | ".join(columns.values()) + " |",
         "|" + " --- |" * len(columns),

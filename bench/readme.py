@@ -73,8 +73,8 @@ def draw_before_after(run: Path, columns: int = 6) -> None:
 
 
 def gains(runs: list[Path]) -> str:
-    """What the runs gained, as a Markdown table."""
-    lines = ["| measured | figure |", "|---|---|"]
+    """What the runs gained, as rows of the README's table."""
+    lines = []
     for run in runs:
         summary = _read(run / "summary.json")
         before, after = summary["eval"]["before"], summary["eval"]["after"]
@@ -105,14 +105,11 @@ FIGURES = (
 
 
 def speeds(reports: dict[str, dict[str, Any]]) -> str:
-    """The benchmarks' ratios, as a Markdown table, and where they were measured.
-
-    Args: reports: of each of SUITES.
-    """
-    lines = ["| measured | figure |", "|---|---|"]
-    for suite, figure, what in FIGURES:
-        lines.append(f"| {what} | {figure.format(**reports[suite]['ratios'])} |")
-    return "\n".join([*lines, "", *(_source(report) for report in reports.values())])
+    """The benchmarks' ratios, as rows of the README's table. Args: reports: of each of SUITES."""
+    return "\n".join(
+        f"| {what} | {figure.format(**reports[suite]['ratios'])} |"
+        for suite, figure, what in FIGURES
+    )
 
 
 def _source(report: dict[str, Any]) -> str:
@@ -130,7 +127,9 @@ def main() -> int:
     ASSETS.mkdir(parents=True, exist_ok=True)
     try:
         results = ROOT / "bench" / "results"
-        tables = {"speeds": speeds({suite: _read(results / f"{suite}.json") for suite in SUITES})}
+        reports = {suite: _read(results / f"{suite}.json") for suite in SUITES}
+        sources = "\n".join(_source(report) for report in reports.values())
+        tables = {"speeds": speeds(reports), "sources": sources}
         if arguments.run:
             draw_curve(arguments.run[0])
             draw_before_after(arguments.run[0])
