@@ -4,6 +4,7 @@ import copy
 import os
 from collections.abc import Callable, Iterator
 from functools import cache
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -102,6 +103,23 @@ def janus_pair(kv_heads: int, tied: bool) -> tuple[JanusForConditionalGeneration
     ours.load_state_dict({k: v for k, v in weights.items() if not k.startswith(UNDERSTANDING)})
     ours.freeze_generation()
     return theirs, ours
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what runs in Triton's interpreter."""
+    for item in items:
+        if {"interpreter", "kernel", "path"} & set(getattr(item, "fixturenames", ())):
+            item.add_marker("interpreter")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _current_folder_is_left_alone() -> Iterator[None]:
+    """Tests run from any folder, and write nothing into it."""
+    here = Path.cwd()
+    before = set(os.listdir(here))
+    yield
+    made = set(os.listdir(here)) - before - {".pytest_cache", "__pycache__"}
+    assert Path.cwd() == here and not made, f"tests left these in {here}: {made}"
 
 
 @pytest.fixture

@@ -225,7 +225,7 @@ class Policy(nn.Module):
         return self.hidden(embeds)[rows, predict]
 
     def unconditional(self, prompt: Tensor) -> Tensor:
-        """[BOS, pad, ..., pad, image-start] of the prompt's length (design section 4)."""
+        """[BOS, pad, ..., pad, image-start] of the prompt's length, all attended."""
         ids = torch.full_like(prompt, self.pad)
         ids[0], ids[-1] = self.bos, self.image_start
         return ids

@@ -117,9 +117,11 @@ def test_memory_of_the_published_models(published):
     assert list(alone.update.values()) == [576 * plan.activation_bytes(model, torch.bfloat16)]
 
 
-def test_plan_prints_counts_and_memory_without_weights(published, capsys):
+def test_plan_prints_counts_and_memory_without_weights(published, capsys, tmp_path):
     size, folder = published
-    train.main(["--plan", "--model", str(folder), "--dtype", "bfloat16", "--device", "cpu"])
+    runs = tmp_path / "runs"
+    where = ["--model", str(folder), "--output_dir", str(runs)]
+    train.main(["--plan", *where, "--dtype", "bfloat16", "--device", "cpu"])
     text = capsys.readouterr().out
     assert {"1b": "1,652,656,128", "7b": "6,910,365,696"}[size] in text
     for word in ("KV cache, 128 rows of 576", "reference copy", "Adam", "gradients", "on cpu"):
@@ -128,7 +130,7 @@ def test_plan_prints_counts_and_memory_without_weights(published, capsys):
         f"{plan.trunk_shape(read_config(folder)).kv_bytes(torch.bfloat16) / 1024:.1f} KiB (16-bit)"
         in text
     )
-    assert not list(folder.glob("*.safetensors")) and not Path("runs").exists()
+    assert not list(folder.glob("*.safetensors")) and not runs.exists()
 
 
 def test_plan_counts_the_tower_that_is_in_the_files(tmp_path, capsys):

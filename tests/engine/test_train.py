@@ -99,6 +99,7 @@ def wait_for_steps(run_dir, steps, process):
         time.sleep(0.02)
 
 
+@pytest.mark.slow
 def test_interrupt_saves_and_the_run_goes_on(tmp_path):
     process = start(tmp_path, "--run_name=stopped", "--max_steps=500", "--save_steps=500")
     wait_for_steps(tmp_path / "stopped", 2, process)

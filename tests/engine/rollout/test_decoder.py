@@ -323,6 +323,7 @@ def test_loop_counts_do_not_depend_on_the_step(bf16_policy):
     assert count_loop_step(bf16_policy) == count_loop_step(bf16_policy)
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="captures a CUDA graph")
 def test_replay_waits_for_nothing_and_takes_no_memory():
     policy = tiny_policy(device="cuda")

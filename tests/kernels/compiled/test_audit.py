@@ -38,6 +38,7 @@ def probes():
 
 # Every configuration for one architecture, one of each kernel for the others: the whole takes
 # minutes, and `python -m bench kernels` is there for it.
+@pytest.mark.slow
 @pytest.mark.parametrize("words", ["--arch sm_90", "--arch sm_80 sm_100 --quick"])
 def test_every_kernel_is_clean(words, tmp_path):
     page = tmp_path / "kernels.md"

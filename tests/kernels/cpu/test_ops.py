@@ -285,6 +285,7 @@ def fresh(monkeypatch, tmp_path):
         cached.cache_clear()
 
 
+@pytest.mark.slow
 def test_compiled_once_and_kept(fresh, monkeypatch):
     path = build.build()
     assert path.parent == fresh and [p.name for p in fresh.iterdir()] == [path.name]
@@ -321,6 +322,7 @@ def test_switched_off(fresh, monkeypatch):
     assert not fresh.exists()
 
 
+@pytest.mark.slow
 def test_a_folder_that_cannot_be_written_is_no_obstacle(fresh, monkeypatch):
     fresh.write_text("a file in its place")
     path = build.build()

@@ -1,0 +1,1 @@
+"""Of kernels/gpu: on a GPU as they are, without one in Triton's interpreter on the CPU."""

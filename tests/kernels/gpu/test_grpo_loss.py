@@ -319,6 +319,7 @@ def test_rows_that_fit_are_read_once():
         assert dims["image_vocab"] > 32_768 or not launches(shape)[0].bytes_again
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="real widths take a GPU")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("vocab", [8192, 16_384, 20_001, 32_064, 102_400, 184_622])
