@@ -25,9 +25,9 @@ from typing import Any
 import nvtx
 import torch
 
-from engine.evaluate.judge import evaluate, judge_scores
+from engine.evaluate.judge import EVAL_SEED, evaluate, judge_scores
 from engine.experts import build_ensemble, open_pipeline, reward_device, reward_paths
-from engine.generate.pictures import Generation, generate
+from engine.generate.pictures import Generation, Settings, generate
 from engine.learner.learner import Learner
 from engine.learner.objective import group_advantages
 from engine.memory import describe, require_memory
@@ -134,17 +134,18 @@ class Trainer:
         return metrics, made, scores
 
     def _generate(self, prompts: list[str], first_sample: int) -> Generation:
-        config = self.config
-        return generate(
-            self.policy,
-            self.conversation,
-            prompts,
-            sample_ids=first_sample + torch.arange(len(prompts), device=self.policy.device),
-            seed=config.seed,
-            max_completion_length=config.max_completion_length,
+        ids = first_sample + torch.arange(len(prompts), device=self.policy.device)
+        settings = self.settings(self.config.seed, images_per_plan=self.config.images_per_plan)
+        return generate(self.policy, self.conversation, prompts, ids, settings)
+
+    def settings(self, seed: int, *, images_per_plan: int = 1) -> Settings:
+        """How pictures are drawn, in training and in its evaluations."""
+        return Settings(
+            seed=seed,
+            max_completion_length=self.config.max_completion_length,
             cfg_weight=self.cfg_weight,
-            temperature=config.temperature,
-            images_per_plan=config.images_per_plan,
+            temperature=self.config.temperature,
+            images_per_plan=images_per_plan,
         )
 
 
@@ -174,9 +175,7 @@ def _evaluate(
         trainer.conversation,
         trainer.eval_rows,
         generations=config.eval_generations,
-        max_completion_length=config.max_completion_length,
-        cfg_weight=trainer.cfg_weight,
-        temperature=config.temperature,
+        settings=trainer.settings(EVAL_SEED),
         ensemble=pipeline,
         pictures=inside(config.run_dir, f"eval/{when}"),
         progress=progress,

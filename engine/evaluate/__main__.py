@@ -19,7 +19,7 @@ import numpy as np
 from engine.evaluate.intervals import intervals
 from engine.evaluate.judge import EVAL_SEED, evaluate
 from engine.experts import build_ensemble, open_pipeline, reward_device, reward_paths
-from engine.generate.pictures import longest_plan
+from engine.generate.pictures import Settings, longest_plan
 from engine.policy import load_policy
 from engine.prompts.conversation import Conversation
 from engine.prompts.data import PromptTemplate, Row, load_prompts, load_template
@@ -128,12 +128,14 @@ def score(
                 conversation,
                 rows,
                 generations=config.num_generations,
-                max_completion_length=plan,
-                cfg_weight=cfg_weight,
-                temperature=config.temperature,
+                settings=Settings(
+                    seed=config.seed,
+                    max_completion_length=plan,
+                    cfg_weight=cfg_weight,
+                    temperature=config.temperature,
+                    with_plan=config.cot,
+                ),
                 ensemble=pipeline,
-                seed=config.seed,
-                with_plan=config.cot,
                 progress=lambda done, total: progress.advance(done - progress.done),
             )
         except (RewardError, FloatingPointError) as error:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from engine.generate.pictures import generate
+from engine.generate.pictures import Settings, generate
 from engine.model.policy import Policy
 from engine.prompts.conversation import Conversation
 from engine.prompts.data import Row
@@ -41,19 +41,15 @@ def evaluate(
     rows: list[Row],
     *,
     generations: int,
-    max_completion_length: int,
-    cfg_weight: float,
-    temperature: float,
+    settings: Settings,
     ensemble: Ensemble | RewardPipeline,
-    seed: int = EVAL_SEED,
-    with_plan: bool = True,
     pictures: Path | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Generate and score `generations` pictures of every row.
 
     Args:
-        with_plan: see engine.generate.generate.
+        settings: how they are drawn; a plan a picture.
         pictures: folder that gets the first pictures of each task type as PNG; None: none.
         progress: called with (pictures done, pictures in all) after each batch; may raise.
     Returns: summary {"mean", "by_task": {task: {"mean", "n"}}, "rewards": {expert: mean},
@@ -70,12 +66,8 @@ def evaluate(
             policy,
             conversation,
             [row["prompt"] for row in part],
-            sample_ids=torch.arange(start, start + len(part), device=policy.device),
-            seed=seed,
-            max_completion_length=max_completion_length,
-            cfg_weight=cfg_weight,
-            temperature=temperature,
-            with_plan=with_plan,
+            torch.arange(start, start + len(part), device=policy.device),
+            settings,
         )
         pixels = made.pixels.float()
         rewards = ensemble.score([row["prompt"] for row in part], pixels, part)

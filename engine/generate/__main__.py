@@ -27,7 +27,7 @@ import torch
 
 from engine.generate.benchmark_layouts import layout_files
 from engine.generate.folder import PictureFolder
-from engine.generate.pictures import Generation, generate, longest_plan
+from engine.generate.pictures import Generation, Settings, generate, longest_plan
 from engine.policy import load_policy
 from engine.prompts.conversation import Conversation
 from engine.prompts.data import PromptTemplate, Row, load_prompts, load_template
@@ -106,7 +106,13 @@ def sampler(
         max_prompt=min(config.max_prompt_length, policy.context_length),
         max_plan=plan,
     )
-    cfg_weight = guidance_scale(config.model, config.cfg_weight)
+    how = Settings(
+        seed=config.seed,
+        max_completion_length=plan,
+        cfg_weight=guidance_scale(config.model, config.cfg_weight),
+        temperature=config.temperature,
+        with_plan=config.cot,
+    )
 
     def draw(numbers: range) -> Generation:
         ids = [sample_id(n, config.num_generations) for n in numbers]
@@ -115,12 +121,8 @@ def sampler(
                 policy,
                 conversation,
                 [rows[n // config.num_generations]["prompt"] for n in numbers],
-                sample_ids=torch.tensor(ids, device=policy.device),
-                seed=config.seed,
-                max_completion_length=plan,
-                cfg_weight=cfg_weight,
-                temperature=config.temperature,
-                with_plan=config.cot,
+                torch.tensor(ids, device=policy.device),
+                how,
             )
         except FloatingPointError as error:
             raise UserError(f"--model {config.model}: {error}") from error

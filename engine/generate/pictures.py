@@ -38,52 +38,56 @@ class Generation:
     pixels: Tensor
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Settings:
+    """How pictures are drawn.
+
+    Attributes:
+        seed: of the sampling.
+        max_completion_length: longest plan in tokens.
+        cfg_weight, temperature: of the image tokens; the temperature is the plans' too.
+        images_per_plan: neighbouring samples that share a plan.
+        with_plan: False: straight from the bare prompt to the picture, as Janus itself does.
+    """
+
+    seed: int
+    max_completion_length: int
+    cfg_weight: float
+    temperature: float = 1.0
+    images_per_plan: int = 1
+    with_plan: bool = True
+
+
 def generate(
     policy: Policy,
     conversation: Conversation,
     prompts: Sequence[str],
-    *,
     sample_ids: Tensor,
-    seed: int,
-    max_completion_length: int,
-    cfg_weight: float,
-    temperature: float,
-    images_per_plan: int = 1,
-    with_plan: bool = True,
+    settings: Settings,
 ) -> Generation:
     """Sample plan and picture for each prompt.
 
     Args:
         prompts: B texts; the images_per_plan samples that share a plan are adjacent.
         sample_ids: (B,) int64, the identity of each sample's noise.
-        with_plan: False: straight from the bare prompt to the picture, as Janus itself does.
     """
     stage1: list[Tensor] = []
     plans = [""] * len(prompts)
-    if with_plan:
-        stage1, text, plans = _plans(
-            policy,
-            conversation,
-            prompts,
-            every=images_per_plan,
-            sample_ids=sample_ids,
-            seed=seed,
-            max_new_tokens=max_completion_length,
-            temperature=temperature,
-        )
+    if settings.with_plan:
+        stage1, text, plans = _plans(policy, conversation, prompts, sample_ids, settings)
     else:
         none = torch.empty((len(prompts), 0), device=policy.device)
         text = TextRollout(none.long(), none.bool(), none)
     stage2 = [
-        conversation.stage2(prompt, plan if with_plan else None)
+        conversation.stage2(prompt, plan if settings.with_plan else None)
         for prompt, plan in zip(prompts, plans, strict=True)
     ]
     image = sample_images(
         policy,
         stage2,
-        cfg_weight=cfg_weight,
-        temperature=temperature,
-        seed=seed,
+        cfg_weight=settings.cfg_weight,
+        temperature=settings.temperature,
+        seed=settings.seed,
         sample_ids=sample_ids,
     )
     pixels = policy.decode_images(image.ids)
@@ -94,21 +98,18 @@ def _plans(
     policy: Policy,
     conversation: Conversation,
     prompts: Sequence[str],
-    *,
-    every: int,
     sample_ids: Tensor,
-    seed: int,
-    max_new_tokens: int,
-    temperature: float,
+    settings: Settings,
 ) -> tuple[list[Tensor], TextRollout, list[str]]:
-    """Stage 1 for every `every`-th prompt, repeated for the samples that share its plan."""
+    """Stage 1 once for the samples that share a plan, repeated for each of them."""
+    every = settings.images_per_plan
     stage1 = [conversation.stage1(p) for p in prompts[::every]]
     text = sample_text(
         policy,
         stage1,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        seed=seed,
+        max_new_tokens=settings.max_completion_length,
+        temperature=settings.temperature,
+        seed=settings.seed,
         sample_ids=sample_ids[::every],
     )
     plans = conversation.plans(text.ids, text.mask)

@@ -190,12 +190,9 @@ class Pretraining:
             policy,
             load_template(self.policy_folder, None),
             _load_examples(self.work / f"{name}.npz"),
-            steps=steps,
-            batch_size=self.config.batch_size,
-            peak_lr=peak_lr,
+            schedule=supervised.Schedule(steps, self.config.batch_size, peak_lr, text_every),
             seed=self.config.seed,
             log=say,
-            text_every=text_every,
         )
 
     def make_clean(self) -> None:

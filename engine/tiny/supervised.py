@@ -10,6 +10,7 @@ import random
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -124,50 +125,62 @@ def initialise(policy: Policy) -> None:
     )
 
 
+WARMUP = 50  # steps
+
+
+class Schedule(NamedTuple):
+    """Lengths and rates of a training.
+
+    Attributes:
+        text_every: plans are learnt long before pictures are: the text level trains as seldom.
+    """
+
+    steps: int
+    batch_size: int
+    peak_lr: float
+    text_every: int = 1
+
+
 def train(
     policy: Policy,
     template: PromptTemplate,
     examples: list[Example],
     *,
-    steps: int,
-    batch_size: int,
-    peak_lr: float,
+    schedule: Schedule,
     seed: int,
     log: Callable[[str], None],
-    text_every: int = 1,
-    warmup: int = 50,
 ) -> None:
-    """Train in place with AdamW, warm-up and cosine decay to a tenth.
-
-    Plans are learnt long before pictures are: the text level trains every `text_every` steps.
-    """
+    """Train in place with AdamW, warm-up and cosine decay to a tenth."""
+    steps = schedule.steps
     rng = random.Random(seed)
     parameters = []
     for name, parameter in policy.named_parameters():
         parameter.requires_grad_(not name.startswith("model.vqmodel"))
         if parameter.requires_grad:
             parameters.append(parameter)
-    optimizer = torch.optim.AdamW(parameters, lr=peak_lr, betas=(0.9, 0.98), weight_decay=0.01)
+    optimizer = torch.optim.AdamW(
+        parameters, lr=schedule.peak_lr, betas=(0.9, 0.98), weight_decay=0.01
+    )
 
     def scale(step: int) -> float:
         share = min(1.0, step / steps)
-        return min(1.0, (step + 1) / warmup) * (0.1 + 0.45 * (1 + float(np.cos(np.pi * share))))
+        return min(1.0, (step + 1) / WARMUP) * (0.1 + 0.45 * (1 + float(np.cos(np.pi * share))))
 
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, scale)
+    rate = torch.optim.lr_scheduler.LambdaLR(optimizer, scale)
     conversation = Conversation(policy, template)
     started = time.monotonic()
-    source = batches(examples, batch_size, rng)
+    source = batches(examples, schedule.batch_size, rng)
     for step in range(1, steps + 1):
         batch = next(source)
         optimizer.zero_grad(set_to_none=True)
-        if step % text_every == 0:
+        if step % schedule.text_every == 0:
             text = text_loss(policy, conversation, batch)
             text.backward()
         image = image_loss(policy, conversation, batch, rng)
         image.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
-        schedule.step()
+        rate.step()
         if step % 50 == 0 or step == steps:
             log(
                 f"policy {step}/{steps} text {text.item():.3f} image {image.item():.3f} nats "

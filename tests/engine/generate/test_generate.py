@@ -15,7 +15,7 @@ from PIL import Image
 
 from engine.generate import __main__ as generate_command
 from engine.generate.__main__ import GenerateConfig, main, sample_id
-from engine.generate.pictures import generate, longest_plan
+from engine.generate.pictures import Settings, generate, longest_plan
 from engine.policy import load_policy
 from engine.prompts.conversation import Conversation
 from engine.prompts.data import load_template
@@ -70,11 +70,8 @@ def test_pictures_and_manifest_are_those_of_the_rollout(prompts, tmp_path, polic
             policy,
             conversation,
             [record["prompt"]],
-            sample_ids=torch.tensor([record["sample_id"]]),
-            seed=3,
-            max_completion_length=40,
-            cfg_weight=2.0,
-            temperature=1.0,
+            torch.tensor([record["sample_id"]]),
+            Settings(seed=3, max_completion_length=40, cfg_weight=2.0),
         )
         assert made.plans == [record["plan"]] and record["plan"]
         expected = made.pixels[0].permute(1, 2, 0).numpy() * 255
@@ -114,9 +111,9 @@ def test_noise_depends_on_prompt_and_picture_alone(prompts, tmp_path):
 def test_started_again_it_draws_only_batches_with_something_missing(prompts, tmp_path, monkeypatch):
     out, drawn = tmp_path / "out", []
 
-    def counted(policy, conversation, texts, **more):
+    def counted(policy, conversation, texts, *more):
         drawn.append(len(texts))
-        return generate(policy, conversation, texts, **more)
+        return generate(policy, conversation, texts, *more)
 
     monkeypatch.setattr(generate_command, "generate", counted)
     run(prompts, out, "--batch_size", "3")
