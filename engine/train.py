@@ -36,7 +36,7 @@ from engine.prompts.conversation import Conversation
 from engine.prompts.data import PromptSampler, Row, load_prompts, load_template
 from engine.report.__main__ import write_report
 from engine.run.checkpoint import atomic_write_text, latest_checkpoint
-from engine.run.folder import open_run, stop_on_signal
+from engine.run.folder import name_run, open_run, stop_on_signal
 from engine.run.grids import save_grid
 from engine.run.inside import inside
 from engine.run.monitor import RunLogger
@@ -217,6 +217,7 @@ def train(config: TrainConfig) -> None:
         count = min(config.eval_prompts, len(eval_rows))
         eval_rows = [eval_rows[i * len(eval_rows) // count] for i in range(count)]
     require_memory(config)
+    name_run(config)
     require_replaceable(inside(config.run_dir, "policy"))  # now rather than when the run is over
     trainer = Trainer(config, rows, eval_rows)
     done = 0

@@ -2,6 +2,7 @@
 
 import json
 import signal
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,6 +28,23 @@ WRITTEN = (
     "eval/before.json", "eval/before", "eval/after.json", "eval/after",
     "checkpoints", "samples", "tensorboard", "policy",
 )  # fmt: skip
+
+
+def name_run(config: TrainConfig) -> None:
+    """Where no --run_name is given and the run of that name is finished, take the next number.
+
+    So that a command can be given again as it is. With --resume, the newest run is meant.
+    """
+    if config.run_name:
+        return
+    base, finished, number = config.run_dir.name, "", 1
+    while (config.run_dir / "summary.json").is_file():
+        finished, number = config.run_dir.name, number + 1
+        config.run_name = f"{base}-{number}"
+    if finished and config.resume and not config.run_dir.exists():
+        config.run_name = finished
+    elif finished:
+        print(f"{finished} is finished; this run is {config.run_dir}", file=sys.stderr)
 
 
 def open_run(config: TrainConfig, settings: str, checkpoint: Path | None) -> float:

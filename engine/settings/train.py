@@ -25,7 +25,7 @@ class TrainConfig(RewardConfig):
     model: str = option("tiny", "a Janus-Pro checkpoint folder, a hub id, or tiny", group="run", aliases=["model_name_or_path"])
     dataset_name: str = option("tiny", "training prompts: a .json, .jsonl or .txt file, or tiny")
     output_dir: str = option("runs", "folder that holds the run folders")
-    run_name: str = option("", "name of the run folder; empty: <model>-<seed>")
+    run_name: str = option("", "name of the run folder; empty: <model>-<seed>, numbered on where that run is finished")
     seed: int = option(0, "seed of prompt order and sampling", at_least=0, below=2**32)
     resume: bool = option(False, "continue the run folder from its last checkpoint")
     on_reward_error: Literal["raise", "skip"] = option("raise", "when an expert fails: stop, or drop it for the batch")
