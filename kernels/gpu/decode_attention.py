@@ -255,7 +255,7 @@ def launch_decode_attention(
     rows, heads, head_dim = q.shape
     if rows == 0:
         return
-    keys, values, tiles = cache.keys, cache.values, cache.tiles
+    keys, values, tiles, lengths = cache.keys, cache.values, cache.tiles, cache.prefix_lengths
     prefix_keys, prefix_values = cache.prefix_keys, cache.prefix_values
     kv_heads = keys.shape[1]
     constants = config(heads, kv_heads, head_dim, q.element_size())
@@ -263,13 +263,7 @@ def launch_decode_attention(
     suffix_splits = triton.cdiv(keys.shape[2], constants["SPLIT"])
     partial, lse = workspace
     suffix_inputs = (keys, values, *keys.stride()[:3], cache.step)
-    prefix_inputs = (
-        prefix_keys,
-        prefix_values,
-        *prefix_keys.stride()[:3],
-        cache.prefix_lengths,
-        tiles,
-    )
+    prefix_inputs = (prefix_keys, prefix_values, *prefix_keys.stride()[:3], lengths, tiles)
     programs = kv_heads * (len(tiles) * prefix_splits + rows * suffix_splits)
     _decode_attention_kernel[(programs,)](
         *(partial, lse),

@@ -1,7 +1,5 @@
 """Advantages, token weights and the two-level loss against plain numpy and fp64."""
 
-import dataclasses
-
 import numpy as np
 import pytest
 import torch
@@ -10,84 +8,13 @@ from torch import Tensor
 from engine.learner.levels import Experience, Level
 from engine.learner.objective import (
     group_advantages,
-    policy_loss,
-    reference_policy,
-    score,
     token_weights,
 )
 from engine.model.policy import Policy
 from engine.model.sequences import Sequences
-from engine.model.token_tree import TokenTree
-from engine.rollout import sample_images, sample_text
+from engine.rollout import sample_images
 from engine.settings.train import TrainConfig
-
-CFG = 3.0
-BOTH = ["semantic", "token"]
-
-
-def make_config(**overrides) -> TrainConfig:
-    return TrainConfig(**({"cfg_weight": CFG, "max_completion_length": 6, "beta": 0.0} | overrides))
-
-
-@pytest.fixture
-def experience(new_policy, make_prompts):
-    """Four samples of the untouched policy, of different lengths, one ended early."""
-    policy = new_policy()
-    stage1, stage2 = make_prompts(6, 9, 6, 11), make_prompts(8, 5, 8, 12, seed=1)
-    free = sample_text(policy, stage1, max_new_tokens=6, seed=1)
-    policy.eos = int(free.ids[1, 2])
-    text = sample_text(policy, stage1, max_new_tokens=6, seed=1)
-    assert not text.mask.all()
-    images = sample_images(policy, stage2, cfg_weight=CFG, seed=1)
-    whole = torch.ones_like(images.ids, dtype=torch.bool)
-    pairs = (text.logprobs, text.logprobs), (images.logprobs, images.logprobs)
-    levels = [
-        Level("semantic", stage1, text.ids, text.mask, 6, *pairs[0]),
-        Level("token", stage2, images.ids, whole, 16, *pairs[1]),
-    ]
-    experience = Experience(levels)
-    experience.credit(torch.tensor([1.2, -0.7, 0.4, -1.5]))
-    return experience
-
-
-def changed(experience: Experience, **by_level) -> Experience:
-    """A copy whose levels have other tensors: name -> {field: value}."""
-    levels = [dataclasses.replace(v, **by_level.get(v.name, {})) for v in experience.levels]
-    return Experience(levels)
-
-
-def shifted(experience: Experience) -> Experience:
-    """The experience as of an older policy, so that the clip works, with a reference."""
-    torch.manual_seed(11)
-    found = {}
-    for level in experience.levels:
-        old = level.old
-        moved = old + torch.randn_like(old) * 0.3
-        found[level.name] = {"old": moved, "ref": old + torch.randn_like(old) * 0.5}
-    return changed(experience, **found)
-
-
-def trained(e: Experience, config: TrainConfig, size: int = 0) -> Experience:
-    """The levels that the settings train, as they train them."""
-    guided = config.logprob_policy != "conditional"
-    image = {"cfg_weight": config.cfg_weight if guided else None}
-    image["detached"] = config.logprob_policy == "guided_detached"
-    levels = [level for level in e.levels if level.name in config.train_levels]
-    levels = [dataclasses.replace(v, **(image if v.name == "token" else {})) for v in levels]
-    for level, weights in zip(levels, token_weights(levels, config.loss_type), strict=True):
-        level.weights = weights
-    return Experience(levels, size)
-
-
-def scores(policy: Policy, e: Experience, config: TrainConfig) -> dict[str, Tensor]:
-    """(B, T) log-probs of each level that trains, 0 where nothing was drawn."""
-    found = {}
-    for part in trained(e, config).parts:
-        for rows in part:
-            found[rows.level.name] = torch.zeros_like(rows.level.sampled)
-            rows.write(found[rows.level.name], score(policy, rows, config.temperature))
-    return found
-
+from tests.engine.learner.conftest import BOTH, CFG, changed, make_config, run, scores, shifted
 
 # Advantages and weights
 
@@ -194,17 +121,6 @@ def plain_loss(policy: Policy, e: Experience, config: TrainConfig) -> Tensor:
     return torch.stack([token for sample in losses for token in sample]).mean()
 
 
-def run(policy: Policy, e: Experience, config: TrainConfig, chunks: int = 1):
-    """Totals and gradients of policy_loss summed over micro-batches."""
-    policy.zero_grad()
-    totals: dict[str, float] = {}
-    for part in trained(e, config, 4 // chunks).parts:
-        output = policy_loss(policy, part, config)
-        output["loss"].backward()
-        totals = {k: totals.get(k, 0.0) + v.item() for k, v in output.items()}
-    return totals, {k: p.grad.clone() for k, p in policy.trainable().items() if p.grad is not None}
-
-
 @pytest.mark.parametrize(
     "overrides",
     [
@@ -309,57 +225,3 @@ def test_drift_between_sampler_and_trainer_is_seen(new_policy, experience):
     moved = changed(experience, token={"sampled": experience.levels[1].sampled + 0.25})
     totals, _ = run(new_policy(), moved, make_config(train_levels=["token"]))
     assert totals["policy_drift"] == pytest.approx(0.25, abs=1e-4)
-
-
-# The reference
-
-
-@pytest.mark.parametrize("tied", [False, True])
-def test_reference_is_a_frozen_copy_that_shares_what_does_not_train(new_policy, experience, tied):
-    policy = new_policy(4, tied)
-    sample_images(
-        policy, experience.levels[1].prompts
-    )  # packed weights must be copied all the same
-    reference = reference_policy(policy)
-    assert reference.model.generation_head is policy.model.generation_head
-    assert reference.model.vqmodel is policy.model.vqmodel
-    assert not reference.trainable() and policy.trainable()
-    mine = {p.untyped_storage().data_ptr() for p in policy.trainable().values()}
-    for name, parameter in reference.state_dict().items():
-        if name.startswith(("model.language_model.", "lm_head.")):
-            assert parameter.untyped_storage().data_ptr() not in mine, name
-    embed = reference.model.language_model.embed_tokens.weight
-    assert (reference.lm_head.weight is embed) == tied
-
-    config = make_config(beta=0.1)
-    start = scores(policy, experience, config)
-    for name, got in scores(reference, experience, config).items():
-        assert torch.equal(got, start[name])
-    e = changed(experience, **{name: {"ref": values} for name, values in start.items()})
-    optimizer = torch.optim.SGD(policy.trainable().values(), lr=0.5)
-    totals, _ = run(policy, e, config)
-    assert totals["kl"] == pytest.approx(0, abs=1e-6)
-    optimizer.step()
-    for name, got in scores(reference, experience, config).items():
-        assert torch.equal(got, start[name])
-    assert run(policy, e, config)[0]["kl"] > 1e-4
-    # It can be sampled from too, and gives its own tokens.
-    prompts = experience.levels[1].prompts
-    drawn = sample_images(reference, prompts, cfg_weight=CFG, seed=1)
-    assert torch.equal(drawn.ids, experience.levels[1].ids)
-
-
-def test_what_sequences_share_is_found_once(new_policy, experience, monkeypatch):
-    """For the policy's, the reference's and two updates' forwards of a micro-batch."""
-    made, make = [], TokenTree.__init__
-    monkeypatch.setattr(
-        TokenTree, "__init__", lambda self, *a, **k: (made.append(self), make(self, *a, **k))[1]
-    )
-    policy, config = new_policy(), make_config(logprob_policy="guided", beta=0.1)
-    e = trained(changed(shifted(experience)), config, size=2)
-    for part in e.parts:
-        for rows in part:
-            score(policy, rows, 1.0), score(policy, rows, 1.0)
-        for _ in range(2):
-            policy_loss(policy, part, config)
-    assert len(made) == 2 * 3  # two micro-batches; plans, pictures, pictures without the prompt

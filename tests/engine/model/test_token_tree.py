@@ -67,8 +67,8 @@ def alone(policy: Policy, prompts, completions, lengths, *, image):
 
 
 def together(policy: Policy, prompts, completions, lengths, *, image):
-    lengths_of = torch.tensor(lengths, device=completions.device)
-    hidden = policy.completion_hidden(asked(prompts, completions, lengths_of, image=image))
+    lengths = torch.tensor(lengths)
+    hidden = policy.completion_hidden(asked(prompts, completions, lengths, image=image))
     return [row[:n] for row, n in zip(hidden, lengths, strict=True)]
 
 
@@ -293,9 +293,6 @@ def test_a_batch_that_shares_nothing_is_not_packed(make_prompts):
     )
 
 
-# The objective
-
-
 @pytest.mark.parametrize("logprob_policy", ["conditional", "guided", "guided_detached"])
 def test_the_option_changes_the_work_and_nothing_else(
     new_policy, make_prompts, monkeypatch, logprob_policy
@@ -311,12 +308,11 @@ def test_the_option_changes_the_work_and_nothing_else(
     text_ids, image_ids = draw(6, 6), draw(6, 16, below=128)
 
     def experience(share):
-        guided = logprob_policy != "conditional"
         levels = [
             Level("semantic", stage1, text_ids, mask, 6, text_old, text_old, text_old + 0.1),
             Level("token", stage2, image_ids, whole, 16, image_old, image_old, image_old - 0.1),
         ]
-        levels[1].cfg_weight = 3.0 if guided else None
+        levels[1].cfg_weight = None if logprob_policy == "conditional" else 3.0
         levels[1].detached = logprob_policy == "guided_detached"
         for level, weights in zip(levels, token_weights(levels, "token"), strict=True):
             level.weights, level.share = weights, share
