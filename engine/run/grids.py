@@ -108,7 +108,7 @@ def draw_grid(
         for column, index in enumerate(row):
             x = MARGIN + column * (width + MARGIN)
             # repeat() is the nearest-neighbour upscale: every pixel of a small picture stays square
-            picture = np.repeat(np.repeat(pixels[index], scale, axis=0), scale, axis=1)
+            picture = np.repeat(np.repeat(pictures[index], scale, axis=0), scale, axis=1)
             sheet.paste(Image.fromarray(picture), (x, y))
             draw.rectangle((x - 1, y - 1, x + width, y + height), outline=FRAME)
             for number, (line, color) in enumerate(texts[index]):
