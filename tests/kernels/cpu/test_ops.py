@@ -33,7 +33,7 @@ def machine(request, monkeypatch) -> str:
             pytest.skip("x86-64's instruction sets")
         library = build.load(build.build(INSTRUCTION_SETS[request.param]))
         for module in ("launch", "linear"):
-            monkeypatch.setattr(f"kernels.cpu.{module}.library", lambda: library)
+            monkeypatch.setattr(f"kernels.cpu.{module}.loaded", lambda: library)
         launch._op.cache_clear()
         request.addfinalizer(launch._op.cache_clear)
     return request.param
@@ -44,7 +44,7 @@ def numbers(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 def test_registers_are_as_wide_as_asked(machine):
-    panel = ctypes.c_int64.in_dll(launch.library(), "linear_panel").value
+    panel = ctypes.c_int64.in_dll(launch.loaded(), "linear_panel").value
     assert panel == {"AVX2": 16, "SSE2": 8}.get(machine, panel)
 
 
