@@ -165,6 +165,16 @@ def test_pytorch_path_against_fp64(shape, monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_longer_row_s_nan_is_its_own_in_pytorch(dtype, monkeypatch):
+    """Two rows of one prefix: what only the longer one attends does not reach the shorter one."""
+    monkeypatch.setattr("kernels.cpu.build.library", lambda: None)
+    case = Case("cpu", dtype, 2, 1, 32, [2], [4, 9], 3, 5)
+    before = case.run()[0].clone()
+    case.prefix_keys[:, :, 4:], case.prefix_values[:, :, 4:] = torch.nan, torch.nan
+    assert torch.equal(case.run()[0], before)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_extreme_scores_and_values(dtype, kernel):
     """Scores of a thousand and values of 1e4: finite, and as accurate as eager."""
     case = Case(kernel, dtype, 1, 1, 64, [2], [40, 30], 80, 80, spread=1000.0)
@@ -219,8 +229,9 @@ def test_empty_prefix(capacity, kernel, dtype):
     assert torch.equal(case.run(), expected)
 
 
-def test_no_rows(kernel):
-    case = Case(kernel, torch.float32, 2, 2, 32, [1], [3], 2, 4)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])  # on a CPU: PyTorch, and C
+def test_no_rows(dtype, kernel):
+    case = Case(kernel, dtype, 2, 2, 32, [1], [3], 2, 4)
     for name in ("q", "keys", "values", "lengths", "row_prefix", "tiles"):
         setattr(case, name, getattr(case, name)[:0])
     assert case.run().shape == (0, 64)
