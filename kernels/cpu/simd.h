@@ -113,7 +113,7 @@ INLINE float log32(float x) {
     /* x = m 2^e, m from sqrt(1/2) to sqrt(2), so that the result is accurate near 1. */
     int32_t shifted = float_to_bits(x) - 0x3f3504f3;
     int32_t e = shifted >> 23;
-    float f = bits_to_float(float_to_bits(x) - (e << 23)) - 1.0f;
+    float f = bits_to_float(float_to_bits(x) - (int32_t)((uint32_t)e << 23)) - 1.0f;
     float p = 6.9153681e-2f;
     p = p * f - 1.1789808e-1f;
     p = p * f + 1.1872976e-1f;
