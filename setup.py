@@ -36,7 +36,8 @@ setup(
         "tqdm",
     ],
     extras_require={
-        "test": ["pytest", "pyarrow", "rapidocr>=3.10", "onnxruntime"],
+        "test": ["pytest", "peft>=0.21", "pyarrow", "rapidocr>=3.10", "onnxruntime"],
+        "peft": ["peft>=0.21"],
         "parquet": ["pyarrow"],
         "ocr": ["rapidocr>=3.10", "onnxruntime"],
         "bench": ["matplotlib", "liger-kernel>=0.8.5", "trl>=1.16", "cut-cross-entropy>=25.1"],

@@ -5,12 +5,17 @@ from pathlib import Path
 import torch
 
 from engine.model.policy import Policy as Policy
+from engine.weights.adapter import merge_adapter
 from engine.weights.read import read_policy
 from engine.weights.save import save_folder
 
 
 def load_policy(
-    path: str, *, dtype: torch.dtype | None = None, device: str | torch.device | None = None
+    path: str,
+    *,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device | None = None,
+    adapter: str | None = None,
 ) -> Policy:
     """Load a policy from a checkpoint folder, or "tiny" for the embedded default.
 
@@ -20,11 +25,15 @@ def load_policy(
             weights; or a hub id, owner/name.
         dtype: float32, bfloat16 or float16; None keeps the checkpoint's.
         device: None is the CPU.
+        adapter: a folder in peft's layout whose low-rank adapter is merged into the weights.
     The understanding tower stays in its files, from where `save_policy` carries it over.
     Raises: UserError naming the file and key that cannot be used.
     """
 
-    return read_policy(path, dtype=dtype, device=device)
+    policy = read_policy(path, dtype=dtype, device=device)
+    if adapter is not None:
+        merge_adapter(policy, Path(adapter))
+    return policy
 
 
 def save_policy(

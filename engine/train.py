@@ -31,6 +31,7 @@ from engine.generate.pictures import Generation, Settings, generate
 from engine.learner.learner import Learner
 from engine.learner.objective import group_advantages
 from engine.memory import describe, require_memory
+from engine.model.adapter import adapter_dropout, attach_adapter, require_peft
 from engine.policy import load_policy, save_policy
 from engine.prompts.conversation import Conversation
 from engine.prompts.data import PromptSampler, Row, load_prompts, load_template
@@ -44,6 +45,7 @@ from engine.settings.device import open_device
 from engine.settings.errors import UserError, run_command
 from engine.settings.options import parse_args, to_yaml
 from engine.settings.train import TrainConfig
+from engine.weights.adapter import save_adapter
 from engine.weights.read import folder_of, guidance_scale
 from engine.weights.save import require_replaceable
 from rewards import RewardError, RewardPipeline, Scores
@@ -63,6 +65,15 @@ class Trainer:
         config.cfg_weight = self.cfg_weight
         self.config, self.rows, self.eval_rows = config, rows, eval_rows
         self.policy = load_policy(config.model, dtype=dtype, device=device)
+        if config.use_peft:
+            attach_adapter(
+                self.policy,
+                r=config.lora_r,
+                alpha=config.lora_alpha,
+                dropout=config.lora_dropout,
+                targets=config.adapted_layers,
+                seed=config.seed,
+            )
         self.conversation = Conversation(self.policy, template)
         for source, checked in ((config.dataset_name, rows), (config.eval_dataset, eval_rows)):
             self.conversation.check(
@@ -106,8 +117,9 @@ class Trainer:
         experience.credit(group_advantages(scores.total, config.group_size))  # (B,)
         scored = time.perf_counter()
         with nvtx.annotate("update"):
-            for _ in range(config.num_iterations):
-                metrics = self.learner.update(step, experience)  # one loss over both levels
+            for n in range(config.num_iterations):
+                with adapter_dropout(self.policy, config.seed, step, n):
+                    metrics = self.learner.update(step, experience)  # one loss over both levels
         ended = time.perf_counter()
 
         tokens = int(made.text.mask.sum()) + made.image.ids.numel()
@@ -218,7 +230,10 @@ def train(config: TrainConfig) -> None:
         eval_rows = [eval_rows[i * len(eval_rows) // count] for i in range(count)]
     require_memory(config)
     name_run(config)
-    require_replaceable(inside(config.run_dir, "policy"))  # now rather than when the run is over
+    result = inside(config.run_dir, "adapter" if config.use_peft else "policy")
+    require_replaceable(result)  # now rather than when the run is over
+    if config.use_peft:
+        require_peft()
     trainer = Trainer(config, rows, eval_rows)
     done = 0
     found = latest_checkpoint(config.run_dir) if config.resume else None
@@ -268,7 +283,10 @@ def train(config: TrainConfig) -> None:
     seconds = earlier + time.monotonic() - started
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     summary |= {"seconds": seconds, "peak_memory_mib": peak, "torch": torch.__version__}
-    save_policy(trainer.policy, inside(config.run_dir, "policy"))
+    if config.use_peft:
+        save_adapter(trainer.policy, inside(config.run_dir, "adapter"), base=config.model)
+    else:
+        save_policy(trainer.policy, inside(config.run_dir, "policy"))
     path = inside(config.run_dir, "summary.json")
     atomic_write_text(path, json.dumps(summary, indent=2) + "\n")
     report = write_report(config.run_dir)

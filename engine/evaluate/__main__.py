@@ -29,6 +29,7 @@ from engine.settings.device import HELP, check_device, open_device
 from engine.settings.errors import UserError, run_command
 from engine.settings.options import check_fields, option, parse_args
 from engine.settings.rewards import RewardConfig
+from engine.weights.adapter import adapter_fingerprint
 from engine.weights.fingerprint import checkpoint_fingerprint
 from engine.weights.read import folder_of, guidance_scale
 from rewards import RewardError, RewardPipeline
@@ -42,6 +43,7 @@ class EvaluateConfig(RewardConfig):
 
     # fmt: off
     model: str = option("tiny", "a Janus-Pro checkpoint folder, or tiny", group="what", aliases=["model_name_or_path"])
+    adapter: str | None = option(None, "an adapter folder in peft's layout, merged into --model")
     compare: str | None = option(None, "another model, scored on the same prompts and seeds")
     prompts: str = option("tiny:heldout", "prompt file: .json, .jsonl, .csv, .parquet, .txt, tiny or tiny:heldout", aliases=["dataset_name"])
     out: str | None = option(None, "JSON file that gets the summary and a record a picture")
@@ -72,6 +74,8 @@ def main(argv: list[str]) -> None:
         # Before the first model is scored, which may take hours.
         checkpoint_fingerprint(folder_of(model))
         templates.append(load_template(folder_of(model), config.reasoning_prompt_path))
+    if config.adapter is not None:
+        adapter_fingerprint(config.adapter)
     device = reward_device(config, open_device("device", config.device))
     ensemble = build_ensemble(
         config.reward_funcs,
@@ -81,10 +85,11 @@ def main(argv: list[str]) -> None:
         paths=reward_paths(config),
         weights=config.reward_weights or None,
     )
+    adapters = (config.adapter, None)
     with open_pipeline(ensemble, device, config) as pipeline:
         scored = [
-            score(model, template, rows, pipeline, config)
-            for model, template in zip(models, templates, strict=True)
+            score(model, adapter, template, rows, pipeline, config)
+            for model, adapter, template in zip(models, adapters, templates, strict=False)
         ]
     tables = [score_table(records, config.num_generations) for _, records in scored]
     tasks = [row.get("task_type", "prompt") for row in rows]
@@ -105,13 +110,14 @@ def main(argv: list[str]) -> None:
 
 def score(
     model: str,
+    adapter: str | None,
     template: PromptTemplate,
     rows: list[Row],
     pipeline: RewardPipeline,
     config: EvaluateConfig,
 ) -> tuple[dict[str, Any], Records]:
     """The summary and records of one model, which is loaded and let go of again."""
-    policy = load_policy(model, device=open_device("device", config.device))
+    policy = load_policy(model, device=open_device("device", config.device), adapter=adapter)
     conversation = Conversation(policy, template)
     plan = longest_plan(policy, config.max_completion_length) if config.cot else 0
     conversation.check(

@@ -38,6 +38,7 @@ from engine.run.progress import Progress
 from engine.settings.device import HELP, check_device, open_device
 from engine.settings.errors import UserError, run_command
 from engine.settings.options import check_fields, option, parse_args
+from engine.weights.adapter import adapter_fingerprint
 from engine.weights.fingerprint import checkpoint_fingerprint
 from engine.weights.read import folder_of, guidance_scale
 
@@ -56,6 +57,7 @@ class GenerateConfig:
     layout: Literal["plain", "t2i-compbench", "geneval", "wise"] = option("plain", "file names of --prompts, for a benchmark's evaluator")
     overwrite: bool = option(False, "start anew where the settings of --out's pictures differ")
     model: str = option("tiny", "a Janus-Pro checkpoint folder, or tiny", group="how", aliases=["model_name_or_path"])
+    adapter: str | None = option(None, "an adapter folder in peft's layout, such as runs/NAME/adapter")
     cot: bool = option(True, "plan first; --no_cot: straight from the prompt to the picture")
     seed: int = option(0, "seed of the sampling", at_least=0, below=2**32)
     cfg_weight: float | None = option(None, "guidance weight; 1: no guidance; none: the checkpoint's own", at_least=0)
@@ -97,7 +99,8 @@ def sampler(
 
     Picture n is number n % num_generations of prompt n // num_generations.
     """
-    policy = load_policy(config.model, device=open_device("device", config.device))
+    device = open_device("device", config.device)
+    policy = load_policy(config.model, device=device, adapter=config.adapter)
     conversation = Conversation(policy, template)
     plan = longest_plan(policy, config.max_completion_length) if config.cot else 0
     conversation.check(
@@ -180,7 +183,11 @@ def fill_folder(rows: list[Row], template: PromptTemplate, config: GenerateConfi
         files.pictures,
         files.texts,
         settings(rows, template, config),
-        shown={"model_path": config.model, "prompt_file": config.prompts},
+        shown={
+            "model_path": config.model,
+            "prompt_file": config.prompts,
+            **({"adapter_path": config.adapter} if config.adapter else {}),
+        },
         overwrite=config.overwrite,
     )
     found = len(folder.records)
@@ -215,9 +222,11 @@ def fill_folder(rows: list[Row], template: PromptTemplate, config: GenerateConfi
 def settings(rows: list[Row], template: PromptTemplate, config: GenerateConfig) -> dict[str, Any]:
     """Everything but rounding that decides the pictures, their names and their manifest."""
     prompts = json.dumps(rows, sort_keys=True, default=str)
+    adapter = {} if config.adapter is None else {"adapter": adapter_fingerprint(config.adapter)}
     names = ("layout", "num_generations", "cot", "seed", "temperature", "max_completion_length")
     return {
         "model": checkpoint_fingerprint(folder_of(config.model)),
+        **adapter,
         "prompts": hashlib.sha256(prompts.encode()).hexdigest()[:16],
         "cfg_weight": guidance_scale(config.model, config.cfg_weight),
         **{name: getattr(config, name) for name in names},

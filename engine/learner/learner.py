@@ -11,6 +11,7 @@ from torch import Tensor
 from engine.generate.pictures import Generation
 from engine.learner.levels import Experience, Level
 from engine.learner.objective import policy_loss, reference_policy, score, token_weights
+from engine.model.adapter import adapter_off
 from engine.model.policy import Policy
 from engine.run.checkpoint import (
     load_checkpoint,
@@ -105,7 +106,8 @@ class Learner:
                 if config.old_logprobs == "recompute":
                     rows.write(rows.level.old, score(self.policy, rows, config.temperature))
                 if self.reference is not None and rows.level.ref is not None:
-                    rows.write(rows.level.ref, score(self.reference, rows, config.temperature))
+                    with adapter_off(self.reference):
+                        rows.write(rows.level.ref, score(self.reference, rows, config.temperature))
         return experience
 
     def update(self, step: int, experience: Experience) -> dict[str, Any]:

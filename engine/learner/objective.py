@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from engine.learner.levels import Level, LevelRows
+from engine.model.adapter import adapted
 from engine.model.generator import Generator
 from engine.model.policy import Policy
 from engine.model.weight_source import OwnWeights
@@ -51,7 +52,12 @@ def token_weights(levels: Sequence[Level], loss_type: str) -> list[Tensor]:
 
 
 def reference_policy(policy: Policy) -> Policy:
-    """A frozen copy of the language model that shares everything that does not train."""
+    """A frozen copy of the language model that shares everything that does not train.
+
+    Of a policy with an adapter it is the policy itself: score it under `adapter_off`.
+    """
+    if adapted(policy.model.language_model):
+        return policy
     reference = copy.copy(policy)
     reference._modules = dict(policy._modules)
     reference.model = copy.copy(policy.model)

@@ -86,9 +86,10 @@ class Policy(nn.Module):
             self.bos, self.eos, self.pad, self.image_start = 0, 1, 2, 3
         self.weights: WeightSource = OwnWeights(self.model.language_model)
         self._image_table: Tensor | None = None
-        self.register_load_state_dict_post_hook(Policy._forget_image_table)
+        self.register_load_state_dict_post_hook(Policy.forget_image_table)
 
-    def _forget_image_table(self, _keys: object = None) -> None:
+    def forget_image_table(self, _keys: object = None) -> None:
+        """Make the table anew when it is next asked for: frozen weights have changed."""
         self._image_table = None
 
     @property

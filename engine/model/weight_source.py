@@ -1,7 +1,8 @@
 """Where a model's weights are: what a decode step needs of each layer, whoever holds it.
 
-`OwnWeights` is the only reader of the layers' projections by name. What merges an adapter, or
-gathers weights from other ranks, is another `WeightSource`; the rollout asks no more than this.
+`OwnWeights` is the only reader of the layers' projections by name. What merges an adapter
+(engine/model/adapter.py), or gathers weights from other ranks, is another `WeightSource`; the
+rollout asks no more than this.
 """
 
 from collections.abc import Iterator
@@ -99,15 +100,18 @@ class OwnWeights:
             attention, mlp, where = layer.self_attn, layer.mlp, f"layers.{index}"
             yield LayerWeights(
                 norm1=_norm(layer.input_layernorm),
-                qkv=packed(where, attention.q_proj, attention.k_proj, attention.v_proj),
-                out=packed(where, attention.o_proj),
+                qkv=self._joined(where, attention.q_proj, attention.k_proj, attention.v_proj),
+                out=self._joined(where, attention.o_proj),
                 norm2=_norm(layer.post_attention_layernorm),
-                up=packed(where, mlp.gate_proj, mlp.up_proj),
-                down=packed(where, mlp.down_proj),
+                up=self._joined(where, mlp.gate_proj, mlp.up_proj),
+                down=self._joined(where, mlp.down_proj),
             )
 
     def norm(self) -> NormWeights:
         return _norm(self._trunk.norm)
+
+    def _joined(self, where: str, *linears: nn.Linear) -> LinearWeights:
+        return packed(where, *linears)
 
 
 def _norm(module: RMSNorm) -> NormWeights:

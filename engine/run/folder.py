@@ -26,7 +26,7 @@ FREE = {
 WRITTEN = (
     "config.yaml", "metrics.jsonl", "summary.json", "reward_error.txt", "report.html",
     "eval/before.json", "eval/before", "eval/after.json", "eval/after",
-    "checkpoints", "samples", "tensorboard", "policy",
+    "checkpoints", "samples", "tensorboard", "policy", "adapter",
 )  # fmt: skip
 
 

@@ -59,6 +59,11 @@ class TrainConfig(RewardConfig):
     adam_beta1: float = option(0.9, "AdamW's beta1", at_least=0, below=1)
     adam_beta2: float = option(0.95, "AdamW's beta2", at_least=0, below=1)
     max_grad_norm: float = option(1.0, "gradients are clipped to this norm", above=0)
+    use_peft: bool = option(False, "train a low-rank adapter (LoRA) in place of the weights; the run folder gets adapter/", group="adapter")
+    lora_r: int = option(16, "the adapter's rank", at_least=1)
+    lora_alpha: float = option(32, "the adapter's product is scaled by lora_alpha / lora_r", above=0)
+    lora_dropout: float = option(0.0, "dropout of the adapter's input, in updates alone", at_least=0, below=1)
+    lora_target_modules: list[Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "all-linear"]] = option((), "layers that get an adapter; none, or all-linear: all")
     dtype: Literal["float32", "bfloat16", "float16"] = option("float32", "type of the weights", group="machine", aliases=["torch_dtype"])
     device: str = option("auto", HELP)
     threads: int = option(0, "CPU threads; 0: torch's choice", at_least=0)
@@ -90,6 +95,12 @@ class TrainConfig(RewardConfig):
         check_device("device", self.device)
         if self.run_name in (".", "..") or re.search(r"[/\\\0]", self.run_name):
             raise UserError(f"run_name must be a plain folder name, got {self.run_name!r}")
+
+    @property
+    def adapted_layers(self) -> list[str]:
+        """Names of the layers that get an adapter; none: all."""
+        names = self.lora_target_modules
+        return [] if "all-linear" in names else [str(name) for name in names]
 
     @property
     def group_size(self) -> int:

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import JanusConfig
 
+from engine.model.adapter import plain_state
 from engine.model.policy import Policy
 from engine.run.inside import inside, inside_or_none
 from engine.settings.errors import UserError
@@ -62,24 +63,37 @@ class _Output(NamedTuple):
 
 def save_folder(policy: Policy, folder: Path, *, layout: str | None, max_shard_bytes: int) -> Path:
     """See engine.policy.save_policy."""
+    source = policy.source
+    layout = layout or (source.layout if source else TRANSFORMERS)
+    write = partial(
+        write_policy,
+        policy,
+        companions=source.folder if source else None,
+        layout=layout,
+        max_shard_bytes=max_shard_bytes,
+    )
+    return replace_folder(folder, write, layout=layout)
+
+
+def replace_folder(folder: Path, write: Callable[[Path], None], *, layout: str) -> Path:
+    """Make a folder whole or not at all, in place of one that this function made.
+
+    Args:
+        write: fills the empty folder that it is given.
+        layout: what the manifest says of it.
+    Returns: the folder as it was given.
+    Raises: UserError naming the folder that cannot be written or must not be replaced.
+    """
     require_replaceable(folder)
     typed, folder = folder, Path(os.path.realpath(folder))  # not the link, but what it names
     temporary = inside(folder.parent, f".{folder.name}.tmp-{os.getpid()}")
     replaced = inside(folder.parent, f".{folder.name}.old-{os.getpid()}")
-    source = policy.source
-    layout = layout or (source.layout if source else TRANSFORMERS)
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
-        write_policy(
-            policy,
-            temporary,
-            companions=source.folder if source else None,
-            layout=layout,
-            max_shard_bytes=max_shard_bytes,
-        )
+        write(temporary)
         content = {"layout": layout, "files": _files_in(temporary)}
-        _write_json(temporary / MANIFEST, content)
+        write_json(temporary / MANIFEST, content)
         for path in (*temporary.rglob("*"), temporary):
             _fsync(path)
         # A folder cannot be replaced in one step: the one before steps aside for a moment.
@@ -150,9 +164,9 @@ def write_policy(
         _transformers_config(policy).save_pretrained(folder)
         if policy.source and policy.source.original:
             (folder / ORIGINAL).mkdir(exist_ok=True)
-            _write_json(folder / ORIGINAL / "config.json", policy.source.original)
+            write_json(folder / ORIGINAL / "config.json", policy.source.original)
     else:
-        _write_json(folder / "config.json", _original_config(policy))
+        write_json(folder / "config.json", _original_config(policy))
     if companions:
         _copy_companions(companions, folder, policy, layout)
 
@@ -160,14 +174,14 @@ def write_policy(
 def _outputs(policy: Policy, layout: str) -> tuple[dict[str, _Output], dict[str, _Output]]:
     """The layout's tensors by key, and those that only the original layout has a place for."""
     outputs: dict[str, _Output] = {}
-    for name, tensor in policy.state_dict().items():
+    for name, (tensor, values) in plain_state(policy).items():
         tied = policy.config.tie_word_embeddings and name == "lm_head.weight"
         if tied and layout == TRANSFORMERS:
             continue
         key = name if layout == TRANSFORMERS else renamed(name, ORIGINAL)
         assert key is not None, name
         # The original has tied embeddings twice, but a file must not have one storage twice.
-        make = partial(_storable, tensor, copied=tied)
+        make = partial(_storable, values, copied=tied)
         outputs[key] = _Output(tensor.nbytes, make)
     only: dict[str, _Output] = {}
     if policy.source:
@@ -205,7 +219,7 @@ def _write_shards(folder: Path, outputs: Mapping[str, _Output], max_bytes: int) 
         single.unlink(missing_ok=True)  # it would be read in place of the shards
         total = sum(output.bytes for output in outputs.values())
         content = {"metadata": {"total_size": total}, "weight_map": places}
-        _write_json(folder / f"{single.name}.index.json", content)
+        write_json(folder / f"{single.name}.index.json", content)
 
 
 def _transformers_config(policy: Policy) -> JanusConfig:
@@ -238,7 +252,7 @@ def _copy_companions(source: Path, folder: Path, policy: Policy, layout: str) ->
             place = folder if owner == layout else folder / owner
             _copy((source if owner == came else source / owner) / name, place / name)
     if layout == TRANSFORMERS and not (folder / "generation_config.json").exists():
-        _write_json(folder / "generation_config.json", _generation_config(policy))
+        write_json(folder / "generation_config.json", _generation_config(policy))
 
 
 def _generation_config(policy: Policy) -> dict[str, Any]:
@@ -259,9 +273,9 @@ def _copy(source: Path, target: Path) -> None:
             shutil.copyfile(source, target)
 
 
-def _storable(tensor: Tensor, *, copied: bool) -> Tensor:
+def _storable(values: Callable[[], Tensor], *, copied: bool) -> Tensor:
     """On the CPU, dense, and owning its storage: views of one storage cannot be saved."""
-    tensor = tensor.detach().cpu().contiguous()
+    tensor = values().detach().cpu().contiguous()
     owns = tensor.untyped_storage().nbytes() == tensor.nbytes
     return tensor if owns and not copied else tensor.clone()
 
@@ -272,7 +286,8 @@ def _files_in(folder: Path) -> list[str]:
     return sorted(path.relative_to(folder).as_posix() for path in found)
 
 
-def _write_json(path: Path, values: Mapping[str, Any]) -> None:
+def write_json(path: Path, values: Mapping[str, Any]) -> None:
+    """Write an object in a form to be read."""
     path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
