@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from transformers import JanusConfig
 
+from engine.model.adapter import TARGETS
 from engine.model.policy import Policy, trunk_shape
 from engine.model.rope import head_dimension
 from engine.settings.device import device_kind
@@ -79,6 +80,25 @@ def count_weights(config: JanusConfig, understanding: int = 0) -> Counts:
     return Counts(sizes["language"], sizes["image"], sizes["tokenizer"], understanding)
 
 
+def adapted_shapes(model: JanusConfig, config: TrainConfig) -> list[tuple[int, int]]:
+    """(out, in) of one layer's linears that get an adapter."""
+    text, head = model.text_config, head_dimension(model)
+    width, inner = text.hidden_size, text.intermediate_size
+    queries, keys = text.num_attention_heads * head, text.num_key_value_heads * head
+    shapes = {
+        "q_proj": (queries, width), "k_proj": (keys, width), "v_proj": (keys, width),
+        "o_proj": (width, queries), "gate_proj": (inner, width), "up_proj": (inner, width),
+        "down_proj": (width, inner),
+    }  # fmt: skip
+    return [shapes[name] for name in config.adapted_layers or TARGETS]
+
+
+def adapter_weights(model: JanusConfig, config: TrainConfig) -> int:
+    """The number of weights of the adapter that `config` asks for."""
+    each = sum(sum(shape) for shape in adapted_shapes(model, config))
+    return model.text_config.num_hidden_layers * config.lora_r * each
+
+
 def memory_needed(
     model: JanusConfig, counts: Counts, config: TrainConfig, dtype: torch.dtype, device: str
 ) -> Memory:
@@ -93,6 +113,11 @@ def memory_needed(
         "gradients": trained * size,
         "Adam's two moments": 2 * trained * size,
     }
+    if config.use_peft:
+        # fp32 whatever the weights' dtype; the reference is the model with its adapter off.
+        trained = adapter_weights(model, config)
+        sizes = {"adapter": 1, "reference copy": 0, "gradients": 1, "Adam's two moments": 2}
+        held |= {name: times * trained * 4 for name, times in sizes.items()}
     tokens = model.vq_config.num_patches**2
     images = config.images_per_step
     rollout = {
@@ -101,13 +126,16 @@ def memory_needed(
             2 * images * tokens * trunk_shape(model).kv_bytes(dtype)
         )
     }
+    if config.use_peft:
+        merged = sum(a * b for a, b in adapted_shapes(model, config))
+        rollout["merged weights"] = model.text_config.num_hidden_layers * merged * size
     update = {}
     if "semantic" in config.train_levels:
         # The chunk rule of kernels.chunked_head for a weight that trains; sums are fp32.
-        budget = max(CHUNK_BYTES[device], vocab * width)
+        budget = CHUNK_BYTES[device] if config.use_peft else max(CHUNK_BYTES[device], vocab * width)
         rows = max(16, budget // (4 * vocab) // 16 * 16)
         update["logits chunk of the text head"] = rows * vocab * 4
-        update["text head's gradient in fp32"] = vocab * width * 4
+        update["text head's gradient in fp32"] = 0 if config.use_peft else vocab * width * 4
     if "token" in config.train_levels:
         batch = min(config.micro_batch_size or images, images)
         branches = 2 if config.logprob_policy == "guided" else 1
@@ -174,7 +202,8 @@ def describe(config: TrainConfig) -> str:
     counts = count_weights(model, count_tower(folder))
     lines = [f"{config.model}: weights"]
     for label, count in (
-        ("language model (trains)", counts.language_model),
+        ("adapter (trains)", adapter_weights(model, config) if config.use_peft else 0),
+        (f"language model{'' if config.use_peft else ' (trains)'}", counts.language_model),
         ("image embedding, aligner and head", counts.image_modules),
         ("image tokenizer", counts.image_tokenizer),
         ("policy, all of these", counts.policy),

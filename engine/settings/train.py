@@ -100,7 +100,7 @@ class TrainConfig(RewardConfig):
     def adapted_layers(self) -> list[str]:
         """Names of the layers that get an adapter; none: all."""
         names = self.lora_target_modules
-        return [] if "all-linear" in names else [str(name) for name in names]
+        return [] if "all-linear" in names else list(dict.fromkeys(map(str, names)))
 
     @property
     def group_size(self) -> int:
