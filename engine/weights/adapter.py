@@ -30,6 +30,11 @@ from engine.weights.layout import LAYOUTS, TRANSFORMERS, is_tower, renamed
 from engine.weights.save import replace_folder, write_json
 
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+# The model that peft's AutoPeftModel is to load.
+MODEL = {
+    "base_model_class": "JanusForConditionalGeneration",
+    "parent_library": "transformers.models.janus.modeling_janus",
+}
 _KEY = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
 # rank_pattern and alpha_pattern: the end of a layer's name, or after ^ the whole of it.
 _PLAIN = re.compile(r"\^?(\w|\\?\.)+\$?")
@@ -78,7 +83,8 @@ def _write(policy: Policy, base: str, folder: Path) -> None:
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     config: Any = policy.peft_config
     values = config[ADAPTER].to_dict()
-    write_json(folder / CONFIG, values | {"base_model_name_or_path": base, "inference_mode": True})
+    values |= {"base_model_name_or_path": base, "inference_mode": True, "auto_mapping": MODEL}
+    write_json(folder / CONFIG, values)
 
 
 def adapter_fingerprint(folder: str) -> str:

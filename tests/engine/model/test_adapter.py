@@ -10,6 +10,7 @@ import torch
 import engine.rollout.step_weights
 from engine.model.adapter import (
     TARGETS,
+    MergedWeights,
     adapted,
     adapter_dropout,
     adapter_off,
@@ -102,14 +103,15 @@ def test_layers_without_an_adapter_are_read_where_they_are(new_policy):
 def test_the_merged_copy_is_gone_with_its_rollout(new_policy, make_prompts, monkeypatch):
     """Neither a second copy while it lasts nor any afterwards."""
     policy, alive = with_adapter(new_policy()), []
+    read = MergedWeights.layers
 
-    def layers(self, read=type(policy.weights).layers):
+    def layers(self):
         for layer in read(self):
             alive.append(weakref.ref(layer.down.weight))
             yield layer
 
     monkeypatch.setattr("kernels.cpu.build.library", lambda: None)  # those read them in place
-    monkeypatch.setattr(type(policy.weights), "layers", layers)
+    monkeypatch.setattr(MergedWeights, "layers", layers)
     for seed in range(2):
         sample_images(policy, make_prompts(6, 9), seed=seed)
         assert len(alive) == 2 * (seed + 1) and not any(ref() is not None for ref in alive)

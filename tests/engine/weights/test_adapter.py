@@ -97,7 +97,9 @@ THEIRS = {
         "rank_pattern": {"up_proj": 2, r"^model\.language_model\.layers\.1\.mlp\.down_proj": 3},
         "alpha_pattern": {"layers.0.self_attn.q_proj": 1.5},
     },
-    "image head": {"target_modules": ["proj_out", "vision_head", "generation_aligner.fc1"]},
+    "image head": {
+        "target_modules": ["generation_head.proj_out", "vision_head", "generation_aligner.fc1"]
+    },
     "16 bits": {"target_modules": ["o_proj"]},
 }
 
@@ -228,7 +230,7 @@ CASES = {
     "cut short": (lambda f: (f / WEIGHTS).write_bytes((f / WEIGHTS).read_bytes()[:-9]), WEIGHTS),
     "not JSON": (lambda f: (f / CONFIG).write_text("{"), f"{CONFIG}: not JSON"),
     "wrong shape": (wrong_shape, "q_proj.lora_A.weight': wanted shape (4, 48), got (4, 47)"),
-    "another rank": (lambda f: configure(f, r=8), "wanted shape (8, 48), got (4, 48)"),
+    "another rank": (lambda f: configure(f, r=8), "wanted shape (8, 80), got (4, 80)"),
     "no counterpart": (foreign, "model.text.0.lora_A.weight' has no counterpart"),
     "half a pair": (without(f"{FIRST}.lora_B.weight"), "q_proj.lora_B.weight' is missing"),
     "unexpected key": (
@@ -276,7 +278,9 @@ def test_no_folder_is_named(base):
 
 def test_a_tied_head_is_refused(folders, tmp_path):
     base = folders("transformers", (4, True, 4))
-    theirs = JanusForConditionalGeneration.from_pretrained(base)
-    made_by_peft(theirs, tmp_path / "made", target_modules=["lm_head"])
-    with pytest.raises(UserError, match=r"lm_head.*(tied|unexpected)"):
-        load_policy(str(base), adapter=str(tmp_path / "made"))
+    folder = save_adapter(with_adapter(load_policy(str(base))), tmp_path / "tied", base="")
+    head = {"A": torch.ones(4, 48), "B": torch.ones(320, 4)}
+    more = {f"base_model.model.lm_head.lora_{part}.weight": t for part, t in head.items()}
+    edit(folder, lambda k, t: t, **more)
+    with pytest.raises(UserError, match=r"lm_head.*tied to the embedding"):
+        load_policy(str(base), adapter=str(folder))
