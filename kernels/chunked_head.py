@@ -161,7 +161,8 @@ class _Gradients:
             mixed *= factor[:, None] if isinstance(factor, Tensor) else factor
             shares = {"hidden": self.guidance, "uncond_hidden": 1 - self.guidance}
             for name, target in self.rows.items():
-                target[places] = mixed if shares[name] == 1 else mixed * shares[name]
+                share = mixed if shares[name] == 1 else mixed * shares[name]
+                target[places] = share.to(target.dtype)  # an index, unlike a slice, casts nothing
         for name, total in self.sums.items():
             for x in inputs if name == "weight" else [gradient.new_ones(len(gradient), 1)]:
                 if isinstance(factor, Tensor):

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from kernels import linear_grpo_loss
+from kernels import linear_grpo_loss, linear_logprobs
 from tests.kernels.grpo_problem import TENSORS, D, N, V, check, old_with_both_clips, problem
 
 
@@ -300,3 +300,22 @@ def test_bad_arguments_are_named(message, change):
     arguments = {"advantages": advantages} | change
     with pytest.raises(ValueError, match=message):
         linear_grpo_loss(tensors["hidden"], tensors["weight"], targets, **arguments)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_16_bit_rows_without_advantage_get_no_gradient_and_the_others_theirs(dtype):
+    """Rows of slope 0 are passed over; the rest are written by index."""
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(12, 16, dtype=dtype), torch.randn(40, 16, dtype=dtype)
+    ids, advantages = torch.arange(12), torch.tensor([1.0, 0, -1, 0] * 3)
+    found = []
+    for kept in (slice(None), advantages.nonzero()[:, 0]):
+        x = hidden[kept].clone().requires_grad_()
+        old = linear_logprobs(hidden[kept], weight, ids[kept])
+        weights = torch.full((len(x),), 1 / 6)
+        linear_grpo_loss(
+            x, weight, ids[kept], advantages[kept], old_logprobs=old, token_weights=weights
+        ).loss.backward()
+        found.append(x.grad)
+    assert torch.equal(found[0][advantages != 0], found[1]) and found[1].any()
+    assert not found[0][advantages == 0].any()
