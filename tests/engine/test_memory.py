@@ -15,6 +15,7 @@ from transformers import (
 
 from engine import memory as plan
 from engine import train
+from engine.model.adapter import attach_adapter
 from engine.model.sequences import Sequences
 from engine.policy import load_policy
 from engine.rollout import sample_images
@@ -211,3 +212,25 @@ def test_activations_are_a_tight_lower_bound(dtype):
     measured = sum(x.untyped_storage().nbytes() for x in kept.values())
     tokens = 4 * policy.image_tokens
     assert 0.65 * measured < tokens * plan.activation_bytes(policy.config, dtype) < measured
+
+
+@pytest.mark.parametrize("names", [[], ["q_proj"], ["k_proj", "down_proj"]])
+def test_an_adapter_s_weights_are_counted_as_they_train(new_policy, names):
+    """And neither a reference nor gradients and moments of the rest are."""
+    policy = new_policy(kv_heads=2)
+    config = TrainConfig(use_peft=True, lora_r=4, lora_target_modules=names, beta=0.1)
+    counts = plan.count_weights(policy.config)
+    attach_adapter(policy, r=4, alpha=8, targets=config.adapted_layers)
+    trained = sum(p.numel() for p in policy.trainable().values())
+    assert plan.adapter_weights(policy.config, config) == trained
+    memory = plan.memory_needed(policy.config, counts, config, torch.bfloat16, "cpu")
+    assert memory.held["gradients"] == 4 * trained and memory.held["reference copy"] == 0
+    assert memory.held["Adam's two moments"] == 8 * trained
+    copies = [
+        layer.nbytes
+        for part in policy.weights.layers()
+        for layer in (part.qkv.weight, part.out.weight, part.up.weight, part.down.weight)
+    ]
+    least = memory.rollout["merged weights"]  # of the layers adapted, in 2 bytes
+    assert least <= sum(copies) / 2
+    assert names or least == sum(copies) / 2

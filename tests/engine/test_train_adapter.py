@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from engine.convert import main as convert
+from engine.evaluate.__main__ import main as evaluate
 from engine.generate.__main__ import main as generate
 from engine.model.adapter import MergedWeights
 from engine.model.weight_source import packed
@@ -114,6 +115,16 @@ def test_pictures_of_an_adapter_are_those_of_the_merged_checkpoint(adapter, tmp_
         generate(
             [f"--prompts={tmp_path / 'prompts.txt'}", f"--out={tmp_path / 'adapter-pictures'}"]
         )
+
+
+def test_evaluate_takes_an_adapter_and_compares_it_with_its_base(adapter, tmp_path, capsys):
+    (tmp_path / "prompts.jsonl").write_text("\n".join(json.dumps(row) for row in ROWS))
+    flags = [f"--prompts={tmp_path / 'prompts.jsonl'}", "--reward_funcs=gdino", "--out"]
+    evaluate([f"--adapter={adapter}", "--compare=tiny", *flags, str(tmp_path / "one.json")])
+    evaluate([*flags, str(tmp_path / "base.json")])
+    one, base = (json.loads((tmp_path / f"{n}.json").read_text()) for n in ("one", "base"))
+    plans = [[row["plan"] for row in rows] for rows in (one["rows"], one["compare_rows"])]
+    assert plans[1] == [row["plan"] for row in base["rows"]] != plans[0]
 
 
 BAD = {
