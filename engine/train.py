@@ -29,7 +29,8 @@ from engine.evaluate.judge import EVAL_SEED, evaluate, judge_scores
 from engine.experts import build_ensemble, open_pipeline, reward_device, reward_paths
 from engine.generate.pictures import Generation, Settings, generate
 from engine.learner.learner import Learner
-from engine.learner.objective import group_advantages
+from engine.learner.objective import group_advantages, zero_std_groups
+from engine.learner.watch import NothingLearned
 from engine.memory import describe, require_memory
 from engine.model.adapter import adapter_dropout, attach_adapter, require_peft
 from engine.policy import load_policy, save_policy
@@ -41,7 +42,7 @@ from engine.run.folder import name_run, open_run, stop_on_signal
 from engine.run.grids import save_grid
 from engine.run.inside import inside
 from engine.run.monitor import RunLogger
-from engine.settings.device import open_device
+from engine.settings.device import enter_device, open_device
 from engine.settings.errors import UserError, run_command
 from engine.settings.options import parse_args, to_yaml
 from engine.settings.train import TrainConfig
@@ -58,6 +59,7 @@ class Trainer:
         if config.threads:
             torch.set_num_threads(config.threads)
         device = open_device("device", config.device)
+        enter_device(device)
         folder = folder_of(config.model)
         template = load_template(folder, config.reasoning_prompt_path)
         dtype = getattr(torch, config.dtype)
@@ -129,6 +131,7 @@ class Trainer:
             "step": step,
             "reward": scores.total.mean(),
             "reward_std": groups.std(1).mean(),
+            "zero_std_groups": zero_std_groups(scores.total, config.group_size),
             "completion_length": lengths.mean(),
             "images_per_s": len(batch) / (ended - started),
             "tokens_per_s": tokens / (rolled - started),
@@ -241,6 +244,7 @@ def train(config: TrainConfig) -> None:
     if found is not None:
         done = trainer.learner.restore(found)
     logger = RunLogger(config.run_dir, config.max_steps, resume=config.resume)
+    watch = NothingLearned(config.max_zero_std_steps)
     summary: dict[str, Any] = {"eval": {}, "steps": config.max_steps, "seed": config.seed}
     try:
         with (
@@ -262,6 +266,7 @@ def train(config: TrainConfig) -> None:
                     _show_samples(trainer, step, made, scores, prompts, logger)
                 if step % config.save_steps == 0 or step == config.max_steps or stop:
                     trainer.learner.save(step)
+                watch.look(metrics["zero_std_groups"], scores)
                 if stop and step < config.max_steps:
                     raise Stopped(stop[0])
             if config.eval_generations:

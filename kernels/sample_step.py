@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from kernels.cfg_sample import check_logits, check_sampling, draw_tokens, kept_logits
-from kernels.dispatch import use_c, use_triton
+from kernels.dispatch import C_WEIGHTS, use_c, use_triton
 from kernels.reference.sampling import finish_step
 from kernels.state import Draw, StepState
 
@@ -46,7 +46,7 @@ def sample_step(cond: Tensor, uncond: Tensor | None, draw: Draw, state: StepStat
 def _c_can_draw(cond: Tensor, uncond: Tensor | None, table: Tensor) -> bool:
     """Whether the C kernel takes these logits and this table."""
     alike = uncond is None or (uncond.dtype == cond.dtype and uncond.stride(-1) == 1)
-    return use_c(cond) and use_c(table) and cond.stride(-1) == 1 and alike
+    return use_c(cond) and use_c(table, C_WEIGHTS) and cond.stride(-1) == 1 and alike
 
 
 def sample_workspace(rows: int, vocab: int, device: torch.device | str) -> Tensor:
@@ -77,9 +77,11 @@ def check_finish(rows: int, vocab: int, paired: bool, draw: Draw, state: StepSta
         raise ValueError(f"table: wanted (at least {vocab}, D), got {tuple(table.shape)}")
     columns = state.tokens.shape[-1]
     inputs = (2 * rows if paired else rows, table.shape[1])
+    # On a CPU a step may compute in fp32 with 16-bit weights.
+    wide = state.x.dtype == torch.float32 and not use_triton(state.x)
     wanted: list[tuple[str, Any, tuple[int, ...], torch.dtype]] = [
         ("step", state.step, (1,), torch.int32),
-        ("x", state.x, inputs, table.dtype),
+        ("x", state.x, inputs, torch.float32 if wide else table.dtype),
         ("tokens", state.tokens, (rows, columns), torch.int64),
         ("logprobs", state.logprobs, (rows, columns), torch.float32),
         ("guided_logprobs", state.guided_logprobs, (rows, columns), torch.float32),

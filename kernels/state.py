@@ -1,9 +1,10 @@
-"""What ops of a decode step share: how to draw, and the memory that a step reads and writes.
+"""What ops take as one object: how to draw, a decode step's memory, an optimizer step's settings.
 
-Each is made once a rollout. A launcher takes these objects; one function a kernel unpacks them into
+Each is made once a rollout or step. A launcher takes these objects; one function a kernel unpacks them into
 the kernel's flat arguments.
 """
 
+import struct
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -45,7 +46,8 @@ class StepState:
         step: (1,) int32, in and out: the column to fill. Past the last nothing is written.
         sample_ids: (B,) int64, contiguous: one identity of the noise a sample.
         table: (V' >= V, D) embeddings of the tokens; last stride 1.
-        x: (B, D), or (2B, D) under guidance (both halves get the same rows); table's dtype. Out.
+        x: (B, D), or (2B, D) under guidance (both halves get the same rows); table's dtype, on a
+            CPU fp32 as well. Out.
         tokens: (B, T) int64, out.
         logprobs, guided_logprobs: (B, T) fp32, out; None: not wanted.
         error: (1,) int64, in and out: 0 is fine, else 1 + step * B + row of the first row, by
@@ -95,3 +97,42 @@ class LayerCache:
     prefix_lengths: Tensor
     tiles: Tensor
     row_prefix: Tensor
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AdamW:
+    """The settings of one step of AdamW.
+
+    Attributes:
+        step: from 1, the number of the step.
+        lr, beta1, beta2, eps, weight_decay: as in the paper; the decay is times lr.
+        seed: 64-bit key of the noise that rounds bf16 moments.
+    """
+
+    step: int
+    lr: float
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    seed: int = 0
+
+    @property
+    def constants(self) -> tuple[float, ...]:
+        """What the formula multiplies with, each rounded to fp32 once.
+
+        keep = 1 - lr * weight_decay; mean_rate = 1 - beta1; square_keep = beta2; square_rate =
+        1 - beta2; root = sqrt(1 - beta2^step); size = lr / (1 - beta1^step); eps.
+        """
+        return tuple(
+            struct.unpack("f", struct.pack("f", value))[0]
+            for value in (
+                1 - self.lr * self.weight_decay,
+                1 - self.beta1,
+                self.beta2,
+                1 - self.beta2,
+                (1 - self.beta2**self.step) ** 0.5,
+                self.lr / (1 - self.beta1**self.step),
+                self.eps,
+            )
+        )

@@ -1,7 +1,7 @@
 """The part of the trainer that learns: policy, reference, optimizer, and their state on disk."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +10,12 @@ from torch import Tensor
 
 from engine.generate.pictures import Generation
 from engine.learner.levels import Experience, Level
-from engine.learner.objective import policy_loss, reference_policy, score, token_weights
+from engine.learner.objective import level_loss, reference_policy, score, token_weights
+from engine.learner.offload import LayerStream
+from engine.learner.optimizer import ExactAdamW, build_optimizer
+from engine.learner.probe import Probe
 from engine.model.adapter import adapter_off
+from engine.model.attention import attention
 from engine.model.policy import Policy
 from engine.run.checkpoint import (
     load_checkpoint,
@@ -21,6 +25,8 @@ from engine.run.checkpoint import (
     prune,
     save_checkpoint,
 )
+from engine.settings.errors import UserError
+from engine.settings.out_of_memory import halved, is_out_of_memory
 from engine.settings.train import TrainConfig
 
 
@@ -62,18 +68,30 @@ def levels(made: Generation, config: TrainConfig) -> list[Level]:
 
 
 class Learner:
-    """Turns experience into updates of a policy."""
+    """Turns experience into updates of a policy.
+
+    Raises: UserError where the settings would train nothing; see build_optimizer.
+    """
 
     def __init__(self, policy: Policy, config: TrainConfig) -> None:
         self.policy, self.config = policy, config
-        self.reference = reference_policy(policy) if config.beta > 0 else None
-        self.names = list(policy.trainable())
-        self.optimizer = torch.optim.AdamW(
-            policy.trainable().values(),
-            lr=config.learning_rate,
-            betas=(config.adam_beta1, config.adam_beta2),
-            weight_decay=config.weight_decay,
+        attention(config.attn_implementation, policy.device, policy.dtype)  # or say why not
+        policy.set_training(
+            attn_implementation=config.attn_implementation,
+            gradient_checkpointing=config.gradient_checkpointing,
         )
+        self.reference = reference_policy(policy) if config.beta > 0 else None
+        if config.ref_offload:
+            if policy.device.type == "cpu":
+                raise UserError("--ref_offload: the reference policy is in host memory already")
+            if self.reference is not None:
+                layers = self.reference.model.language_model.decoder_layers()
+                LayerStream(list(layers), policy.device)
+        self.parameters = policy.trainable()
+        self.optimizer = build_optimizer(self.parameters, config)
+        self.micro_batch_size = config.micro_batch_size
+        # Gradients of fp16 would underflow; halved whenever one overflows.
+        self.loss_scale = 2.0**16 if policy.dtype == torch.float16 else 1.0
 
     def learning_rate(self, step: int) -> float:
         """Rate of a step >= 1: a pure function, so that a resumed run has nothing to restore."""
@@ -92,7 +110,7 @@ class Learner:
     def experience(self, made: Generation) -> Experience:
         """The rollout with old and reference log-probs; advantages are still to come."""
         config = self.config
-        experience = Experience(levels(made, config), config.micro_batch_size)
+        experience = Experience(levels(made, config), self.micro_batch_size)
         for level, weights in zip(
             experience.levels, token_weights(experience.levels, config.loss_type), strict=True
         ):
@@ -111,33 +129,72 @@ class Learner:
         return experience
 
     def update(self, step: int, experience: Experience) -> dict[str, Any]:
-        """One optimizer step on the whole experience."""
+        """One optimizer step on the whole experience; its gradients are gone afterwards.
+
+        Out of memory: again with micro-batches of half the size, after a line on stderr.
+        Raises: FloatingPointError where the gradient is not finite.
+        """
         rate = self.learning_rate(step)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
+        while True:
+            totals = self._gradients(experience)
+            if totals is None:
+                continue
+            norm = _norm(self.parameters.values()) / self.loss_scale
+            if torch.isfinite(norm):
+                break
+            if self.loss_scale == 1:
+                raise FloatingPointError(f"step {step}: the gradient is not finite")
+            self.loss_scale /= 2
+        probe = Probe(list(self.parameters.values()), self.optimizer)
+        clip = (self.config.max_grad_norm / (norm + 1e-6)).clamp(max=1.0) / self.loss_scale
+        if isinstance(self.optimizer, ExactAdamW):
+            self.optimizer.step(grad_scale=clip)
+        else:
+            for p in self.parameters.values():
+                if p.grad is not None:
+                    p.grad.mul_(clip)
+            self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        return {**totals, "grad_norm": norm, "lr": rate, **probe.metrics()}
+
+    def _gradients(self, experience: Experience) -> dict[str, Tensor] | None:
+        """Leave the whole experience's gradient in the parameters. Returns: the losses' totals.
+
+        Level by level, so that one level's activations are held at a time. None: out of memory;
+        the micro-batches are smaller now.
+        """
         totals: dict[str, Tensor] = {}
-        for part in experience.parts:
-            found = policy_loss(self.policy, part, self.config)
-            found["loss"].backward()
-            for name, value in found.items():
-                totals[name] = totals.get(name, 0) + value.detach()
-        norm = torch.nn.utils.clip_grad_norm_(
-            self.policy.trainable().values(), self.config.max_grad_norm
-        )
-        if not torch.isfinite(norm):
-            raise FloatingPointError(f"step {step}: the gradient is not finite")
-        self.optimizer.step()
-        return {**totals, "grad_norm": norm, "lr": rate}
+        self.optimizer.zero_grad(set_to_none=True)
+        try:
+            for part in experience.parts:
+                for rows in part:
+                    found = level_loss(self.policy, rows, self.config, self.loss_scale)
+                    found["loss"].backward()
+                    found["loss"] = found["loss"] / self.loss_scale
+                    for name, value in found.items():
+                        totals[name] = totals.get(name, 0) + value.detach()
+            return totals
+        except RuntimeError as error:
+            if experience.micro_batch_size == 1 or not is_out_of_memory(error):
+                raise
+        self.optimizer.zero_grad(set_to_none=True)
+        self.micro_batch_size = halved(experience.micro_batch_size, "images of an update")
+        experience.cut(self.micro_batch_size)
+        return None
 
     def save(self, step: int) -> None:
         """Checkpoint what a resumed run cannot derive from its settings."""
         tensors: dict[str, Mapping[str, Tensor]] = {
-            "policy": self.policy.trainable(),
-            "optimizer": optimizer_tensors(self.optimizer, self.names),
+            "policy": self.parameters,
+            "optimizer": optimizer_tensors(self.optimizer, list(self.parameters)),
         }
         save_checkpoint(
-            self.config.run_dir, step, tensors=tensors, state={"seed": self.config.seed}
+            self.config.run_dir,
+            step,
+            tensors=tensors,
+            state={"seed": self.config.seed, "loss_scale": self.loss_scale},
         )
         prune(self.config.run_dir, self.config.save_total_limit)
 
@@ -145,6 +202,15 @@ class Learner:
         """Continue from a checkpoint. Returns its step."""
         tensors, state = load_checkpoint(path)
         with torch.no_grad():
-            load_named_tensors(self.policy.trainable(), tensors["policy"], source=path)
-        load_optimizer_tensors(self.optimizer, self.names, tensors["optimizer"], source=path)
+            load_named_tensors(self.parameters, tensors["policy"], source=path)
+        names = list(self.parameters)
+        load_optimizer_tensors(self.optimizer, names, tensors["optimizer"], source=path)
+        self.loss_scale = state.get("loss_scale", self.loss_scale)
         return state["step"]
+
+
+def _norm(parameters: Iterable[torch.nn.Parameter]) -> Tensor:
+    """The gradient's norm over all parameters, in fp32."""
+    grads = [p.grad for p in parameters if p.grad is not None]
+    norms = [torch.linalg.vector_norm(g, dtype=torch.float32) for g in grads]
+    return torch.linalg.vector_norm(torch.stack(norms))

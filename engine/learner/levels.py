@@ -119,10 +119,14 @@ class Experience:
 
     def __init__(self, levels: list[Level], micro_batch_size: int = 0) -> None:
         self.levels = levels
-        count = len(levels[0].ids)
-        size = micro_batch_size or count
+        self.cut(micro_batch_size or len(levels[0].ids))
+
+    def cut(self, micro_batch_size: int) -> None:
+        """Cut the samples into micro-batches, of which each is a level's rows, level by level."""
+        count = len(self.levels[0].ids)
+        self.micro_batch_size = size = min(micro_batch_size, count)
         self.parts = [
-            [LevelRows(level, start, min(start + size, count)) for level in levels]
+            [LevelRows(level, start, min(start + size, count)) for level in self.levels]
             for start in range(0, count, size)
         ]
 

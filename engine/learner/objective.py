@@ -29,6 +29,12 @@ def group_advantages(rewards: Tensor, group_size: int) -> Tensor:
     return (centred / (groups.std(1, keepdim=True) + ADVANTAGE_EPS)).flatten()
 
 
+def zero_std_groups(rewards: Tensor, group_size: int) -> float:
+    """The share of the groups whose rewards (B,) are all the same, so that they teach nothing."""
+    groups = rewards.float().view(-1, group_size)
+    return float((groups == groups[:, :1]).all(1).float().mean())
+
+
 def token_weights(levels: Sequence[Level], loss_type: str) -> list[Tensor]:
     """Mask and normaliser of every token, shared by the levels.
 
@@ -90,26 +96,19 @@ def score(generator: Generator, rows: LevelRows, temperature: float) -> Tensor:
     )
 
 
-def policy_loss(
-    generator: Generator, part: Sequence[LevelRows], config: TrainConfig
+def level_loss(
+    generator: Generator, rows: LevelRows, config: TrainConfig, loss_scale: float = 1.0
 ) -> dict[str, Tensor]:
-    """The clipped loss of one micro-batch over its levels.
+    """The clipped loss of one micro-batch of a level.
 
     Args:
-        part: of each level; its weights are slices of those of the whole batch.
-    Returns: `loss` (scalar, differentiable) and, detached, `kl`, `entropy`, `clip_fraction`
-        (means under the weights) and `policy_drift`: the largest-batch mean of
+        rows: their weights are slices of those of the whole batch.
+        loss_scale: what the loss is multiplied by for fp16, whose gradients would else underflow.
+    Returns: `loss` (scalar, differentiable, scaled) and, detached, `kl`, `entropy`,
+        `clip_fraction` (means under the weights) and `policy_drift`: the largest-batch mean of
         |training log-prob - sampler's log-prob|; all already multiplied by the micro-batch's
-        share of the weights, so that sums over micro-batches are the batch's values.
+        share of the weights, so that sums over micro-batches and levels are the batch's values.
     """
-    totals: dict[str, Tensor] = {}
-    for rows in part:
-        for name, value in _level_loss(generator, rows, config).items():
-            totals[name] = totals[name] + value if name in totals else value
-    return totals
-
-
-def _level_loss(generator: Generator, rows: LevelRows, config: TrainConfig) -> dict[str, Tensor]:
     level, head = rows.level, generator.head(rows.level.name)
     assert level.advantages is not None and level.weights is not None
     cond, uncond = rows.features(generator)
@@ -124,7 +123,7 @@ def _level_loss(generator: Generator, rows: LevelRows, config: TrainConfig) -> d
         cfg_weight=level.cfg_weight,
         old_logprobs=rows.tokens(level.old),
         ref_logprobs=None if level.ref is None else rows.tokens(level.ref),
-        token_weights=weights,
+        token_weights=weights * loss_scale,
         sequence_ids=rows.sample_of() if config.ratio_level == "sequence" else None,
         clip_low=config.clip_low,
         clip_high=config.clip_high,

@@ -4,6 +4,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import JanusConfig
 
+from engine.model.linear import Linear
+
 
 def picture_side(config: JanusConfig) -> int:
     """Pixels of a picture's side: its grid of tokens, doubled between the decoder's levels."""
@@ -17,9 +19,9 @@ class Aligner(nn.Module):
     def __init__(self, config: JanusConfig) -> None:
         super().__init__()
         vq = config.vq_config
-        self.fc1 = nn.Linear(vq.embed_dim, vq.projection_dim)
+        self.fc1 = Linear(vq.embed_dim, vq.projection_dim)
         self.hidden_layers = nn.ModuleList(
-            nn.Linear(vq.projection_dim, vq.projection_dim) for _ in range(1, vq.num_hidden_layers)
+            Linear(vq.projection_dim, vq.projection_dim) for _ in range(1, vq.num_hidden_layers)
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -35,7 +37,7 @@ class ImageHead(nn.Module):
     def __init__(self, config: JanusConfig) -> None:
         super().__init__()
         vq = config.vq_config
-        self.proj_out = nn.Linear(vq.image_token_embed_dim, vq.projection_dim)
+        self.proj_out = Linear(vq.image_token_embed_dim, vq.projection_dim)
         self.vision_head = nn.Linear(vq.projection_dim, vq.num_embeddings)
 
     def features(self, hidden: Tensor) -> Tensor:

@@ -5,8 +5,11 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import JanusConfig
 
+from engine.model.attention import attention
+from engine.model.linear import Linear
 from engine.model.rope import head_dimension, rotate
 from engine.model.token_tree import TokenTree
 
@@ -34,10 +37,11 @@ class Attention(nn.Module):
         self.head_dim = head_dimension(config)
         self.heads, self.kv_heads = text.num_attention_heads, text.num_key_value_heads
         bias = text.attention_bias
-        self.q_proj = nn.Linear(text.hidden_size, self.heads * self.head_dim, bias=bias)
-        self.k_proj = nn.Linear(text.hidden_size, self.kv_heads * self.head_dim, bias=bias)
-        self.v_proj = nn.Linear(text.hidden_size, self.kv_heads * self.head_dim, bias=bias)
-        self.o_proj = nn.Linear(self.heads * self.head_dim, text.hidden_size, bias=bias)
+        self.q_proj = Linear(text.hidden_size, self.heads * self.head_dim, bias=bias)
+        self.k_proj = Linear(text.hidden_size, self.kv_heads * self.head_dim, bias=bias)
+        self.v_proj = Linear(text.hidden_size, self.kv_heads * self.head_dim, bias=bias)
+        self.o_proj = Linear(self.heads * self.head_dim, text.hidden_size, bias=bias)
+        self.implementation = "sdpa"  # see engine.model.attention
 
     def forward(
         self, x: Tensor, cos: Tensor, sin: Tensor, tree: TokenTree | None = None
@@ -49,12 +53,11 @@ class Attention(nn.Module):
         batch, length, _ = x.shape
         q = rotate(self._by_head(self.q_proj(x)), cos, sin).to(x.dtype)
         k, v = self.keys_values(x, cos, sin)
+        attend = attention(self.implementation, x.device, x.dtype)
         if tree is None:
-            mixed = F.scaled_dot_product_attention(
-                q, k, v, is_causal=True, enable_gqa=self.heads != self.kv_heads
-            ).transpose(1, 2)
+            mixed = attend(q, k, v).transpose(1, 2)
         else:
-            mixed = tree.attend(*(y[0].transpose(0, 1) for y in (q, k, v)))
+            mixed = tree.attend(*(y[0].transpose(0, 1) for y in (q, k, v)), attend)
         return self.o_proj(mixed.reshape(batch, length, -1)), k, v
 
     def keys_values(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
@@ -72,9 +75,9 @@ class MLP(nn.Module):
 
     def __init__(self, width: int, hidden: int, bias: bool) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(width, hidden, bias=bias)
-        self.up_proj = nn.Linear(width, hidden, bias=bias)
-        self.down_proj = nn.Linear(hidden, width, bias=bias)
+        self.gate_proj = Linear(width, hidden, bias=bias)
+        self.up_proj = Linear(width, hidden, bias=bias)
+        self.down_proj = Linear(hidden, width, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -98,6 +101,10 @@ class Layer(nn.Module):
         x = x + mixed
         return x + self.mlp(self.post_attention_layernorm(x)), k, v
 
+    def output(self, x: Tensor, cos: Tensor, sin: Tensor, tree: TokenTree | None = None) -> Tensor:
+        """`forward` without keys and values."""
+        return self(x, cos, sin, tree)[0]
+
 
 class LanguageModel(nn.Module):
     """The trunk: token embedding, layers, final norm."""
@@ -108,6 +115,21 @@ class LanguageModel(nn.Module):
         self.embed_tokens = nn.Embedding(text.vocab_size, text.hidden_size)
         self.layers = nn.ModuleList(Layer(config) for _ in range(text.num_hidden_layers))
         self.norm = RMSNorm(text.hidden_size, text.rms_norm_eps)
+        self.gradient_checkpointing = False
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, tree: TokenTree | None = None) -> Tensor:
+        """Embeddings (B, T, D) -> what the last norm gives, (B, T, D); see Attention for the rest.
+
+        With `gradient_checkpointing` the backward pass keeps each layer's input alone and runs the
+        layer again (arXiv:1604.06174). Not the last: its turn comes before anything was freed.
+        """
+        *earlier, last = self.decoder_layers()
+        for layer in earlier:
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(layer.output, x, cos, sin, tree, use_reentrant=False)
+            else:
+                x = layer.output(x, cos, sin, tree)
+        return self.norm(last.output(x, cos, sin, tree))
 
     def decoder_layers(self) -> Iterator[Layer]:
         """The layers in order."""

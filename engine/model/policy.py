@@ -6,6 +6,7 @@ never padded on the left and no pad is ever attended: a batch of different lengt
 right-padded, which a causal model cannot see, or packed (engine/model/token_tree.py).
 """
 
+import copy
 from collections.abc import Callable, Sequence
 from typing import Self
 
@@ -19,6 +20,7 @@ from engine.model.generator import TrunkShape
 from engine.model.head import Head, LevelName
 from engine.model.image_modules import Aligner, ImageHead, picture_side
 from engine.model.layers import LanguageModel
+from engine.model.linear import wants_fp32
 from engine.model.rope import half_tables, head_dimension, rope_tables
 from engine.model.sequences import Sequences
 from engine.model.source import Checkpoint
@@ -118,6 +120,13 @@ class Policy(nn.Module):
         for name, parameter in self.named_parameters():
             parameter.requires_grad_(name.startswith(("model.language_model.", "lm_head.")))
 
+    def set_training(self, *, attn_implementation: str, gradient_checkpointing: bool) -> None:
+        """How training forwards run: see engine.model.attention and LanguageModel.forward."""
+        trunk = self.model.language_model
+        trunk.gradient_checkpointing = gradient_checkpointing
+        for layer in trunk.decoder_layers():
+            layer.self_attn.implementation = attn_implementation
+
     def trainable(self) -> dict[str, nn.Parameter]:
         """Trainable parameters by name, tied ones once."""
         return {n: p for n, p in self.named_parameters() if p.requires_grad}
@@ -192,10 +201,7 @@ class Policy(nn.Module):
         cos, sin = rope_tables(self.config, length, embeds.device)
         if tree is not None:
             cos, sin = cos[tree.positions], sin[tree.positions]
-        x = embeds
-        for layer in trunk.layers:
-            x, _, _ = layer(x, cos, sin, tree)
-        return trunk.norm(x)
+        return trunk(embeds, cos, sin, tree)
 
     def completion_hidden(self, sequences: Sequences) -> Tensor:
         """Hidden states that predict each completion token, (B, T, D); zeros past a row's length."""
@@ -269,6 +275,9 @@ class Policy(nn.Module):
 
         A few pictures at a time: one of 384 x 384 needs about 0.35 GB in fp32 meanwhile.
         """
+        tokenizer, dtype = self.model.vqmodel, self.dtype
+        if wants_fp32(self.lm_head.weight):
+            tokenizer = copy.deepcopy(tokenizer).float()
         parts = image_ids.split(max(1, DECODED_PIXELS // picture_side(self.config) ** 2))
-        pixels = [self.model.vqmodel.decode(part) for part in parts]
+        pixels = [tokenizer.decode(part).to(dtype) for part in parts]
         return torch.cat(pixels).clamp_(-1, 1).add_(1).div_(2)

@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn.attention.bias import causal_lower_right
+
+from engine.model.attention import Attend
 
 ABSENT = -1  # past a sequence's end; sorts before every token
 OWN = 1 << 32  # added to ids that are no text ids, so that they equal none
@@ -76,16 +77,9 @@ class Window:
     queries: Gather
     keys: Gather
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, attend: Attend) -> Tensor:
         """q (N, Hq, head_dim), k and v (N, Hkv, head_dim) -> (R * (E - start), Hq * head_dim)."""
-        asking, answering = self.queries.index.shape[1], self.keys.index.shape[1]
-        mixed = F.scaled_dot_product_attention(
-            _by_row(q, self.queries),
-            _by_row(k, self.keys),
-            _by_row(v, self.keys),
-            attn_mask=causal_lower_right(asking, answering),
-            enable_gqa=q.shape[1] != k.shape[1],
-        )
+        mixed = attend(_by_row(q, self.queries), _by_row(k, self.keys), _by_row(v, self.keys))
         return mixed.transpose(1, 2).reshape(self.queries.index.numel(), -1)
 
 
@@ -165,15 +159,16 @@ class TokenTree:
             done += queries.numel()
         self._outputs = outputs.flatten()[slots].to(device)
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, attend: Attend) -> Tensor:
         """Causal attention of every token over its own sequence.
 
         Args:
             q: (N, Hq, head_dim), rotated by `positions`.
             k, v: (N, Hkv, head_dim), k rotated.
+            attend: the backend.
         Returns: (N, Hq * head_dim).
         """
-        outputs = torch.cat([window.attend(q, k, v) for window in self._windows])
+        outputs = torch.cat([window.attend(q, k, v, attend) for window in self._windows])
         return outputs.index_select(0, self._outputs)
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from engine.model.layers import LanguageModel, RMSNorm
+from engine.model.linear import Linear
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +129,7 @@ def packed(where: str, *linears: nn.Linear) -> LinearWeights:
     Raises: TypeError, see OwnWeights.
     """
     for linear in linears:
-        if type(linear) is not nn.Linear or linear.weight.numel() == 0:
+        if type(linear) not in (nn.Linear, Linear) or linear.weight.numel() == 0:
             raise TypeError(
                 f"{where}: wanted plain linear layers that hold their weights, got "
                 f"{type(linear).__name__} of {tuple(linear.weight.shape)}; such weights need a "

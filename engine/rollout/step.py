@@ -13,7 +13,7 @@ from engine.model.generator import Generator, TrunkShape
 from engine.rollout.prefill import Prepared
 from engine.rollout.request import Prompts, Request
 from kernels.decode_attention import MOST_HEAD_DIM_C, decode_attention, decode_attention_workspace
-from kernels.dispatch import use_c
+from kernels.dispatch import C_WEIGHTS, use_c
 from kernels.head_sample import head_sample, head_workspace
 from kernels.kv_append import kv_append
 from kernels.sample_step import sample_step, sample_workspace
@@ -75,14 +75,17 @@ class DecodeStep:
         inner = max(layer.inner for layer in self.weights.layers)
 
         def buffer(*size: int) -> Tensor:
-            return torch.empty(size, dtype=generator.dtype, device=device)
+            return torch.empty(size, dtype=self.weights.dtype, device=device)
 
         x, self.residual, self.normed, self.delta = (buffer(rows, shape.width) for _ in range(4))
         self.qkv = buffer(rows, (shape.heads + 2 * shape.kv_heads) * shape.head_dim)
         self.q = buffer(rows, shape.heads, shape.head_dim)
         self.mixed = buffer(rows, shape.heads * shape.head_dim)
         self.wide, self.activated = buffer(rows, 2 * inner), buffer(rows, inner)
-        self.suffix = buffer(shape.layers, 2, rows, shape.kv_heads, steps, shape.head_dim)
+        # A tensor a layer: no allocator has to find room for all of them in one piece.
+        self.suffix = [
+            buffer(2, rows, shape.kv_heads, steps, shape.head_dim) for _ in range(shape.layers)
+        ]
         self.partials = decode_attention_workspace(
             rows,
             shape.heads,
@@ -128,8 +131,8 @@ class DecodeStep:
                 first_positions=self.first_positions,
                 keys=keys,
                 values=values,
-                prefix_keys=prefix_keys,
-                prefix_values=prefix_values,
+                prefix_keys=prefix_keys.to(keys.dtype),
+                prefix_values=prefix_values.to(keys.dtype),
                 prefix_lengths=self.first_positions,  # a prefix ends where the suffix begins
                 tiles=tiles,
                 row_prefix=row_prefix,
@@ -184,4 +187,6 @@ class DecodeStep:
 
 def _has_c_ops(weight: Tensor, shape: TrunkShape) -> bool:
     """Whether the C ops take weights like this and heads of this size, here and now."""
-    return use_c(weight) and not shape.head_dim % 16 and shape.head_dim <= MOST_HEAD_DIM_C
+    return (
+        use_c(weight, C_WEIGHTS) and not shape.head_dim % 16 and shape.head_dim <= MOST_HEAD_DIM_C
+    )

@@ -10,7 +10,7 @@ from torch import Tensor
 from engine.model.head import Head
 from engine.model.weight_source import LayerWeights, LinearWeights, NormWeights, WeightSource
 from kernels.cpu.linear import PanelLinear
-from kernels.dispatch import use_c
+from kernels.dispatch import C_WEIGHTS, use_c
 from kernels.rms_norm import rms_norm
 from kernels.swiglu import swiglu
 
@@ -30,7 +30,7 @@ class _Linear:
 
 
 def _linear(weights: LinearWeights) -> _Linear | PanelLinear:
-    if use_c(weights.weight):
+    if use_c(weights.weight, C_WEIGHTS):
         return PanelLinear(weights.weight, weights.bias)
     return _Linear(weights.weight.detach().t(), weights.bias)
 
@@ -65,11 +65,12 @@ class _LayerNorm:
         self.into(out, total)
 
 
-def _norm(weights: NormWeights) -> _RMSNorm | _LayerNorm:
-    weight = weights.weight.detach()
+def _norm(weights: NormWeights, dtype: torch.dtype) -> _RMSNorm | _LayerNorm:
+    weight = weights.weight.detach().to(dtype)
     if weights.kind == "rms":
         return _RMSNorm(weight, weights.eps)
-    return _LayerNorm(weight, weights.bias, weights.eps)
+    bias = None if weights.bias is None else weights.bias.detach().to(dtype)
+    return _LayerNorm(weight, bias, weights.eps)
 
 
 class StepLayer:
@@ -80,8 +81,8 @@ class StepLayer:
         gated: SwiGLU between them, else GELU.
     """
 
-    def __init__(self, weights: LayerWeights) -> None:
-        self.norm1, self.norm2 = _norm(weights.norm1), _norm(weights.norm2)
+    def __init__(self, weights: LayerWeights, dtype: torch.dtype) -> None:
+        self.norm1, self.norm2 = _norm(weights.norm1, dtype), _norm(weights.norm2, dtype)
         self.qkv, self.out = _linear(weights.qkv), _linear(weights.out)
         self.up, self.down = _linear(weights.up), _linear(weights.down)
         self.gated = weights.activation == "swiglu"
@@ -105,7 +106,7 @@ class StepWeights:
     """The trunk's layers and one head, as they are now.
 
     On CUDA the linears are the source's tensors, read where they are; on a CPU with the C ops they
-    are copies, laid out for it.
+    are copies, laid out for it, of the same dtype.
 
     Args:
         source: of the trunk's weights.
@@ -113,6 +114,7 @@ class StepWeights:
 
     Attributes:
         version: the source's, when it was read.
+        dtype: what a step computes in: the weights', but fp32 with the C ops.
         trunk_bytes: of the trunk's weights.
         layers, norm: the trunk's.
         inner: the head's inner layer, which its GELU follows; None without one.
@@ -122,11 +124,12 @@ class StepWeights:
     @torch.no_grad()
     def __init__(self, source: WeightSource, head: Head) -> None:
         self.version = source.version
+        self.dtype = torch.float32 if use_c(head.weight, C_WEIGHTS) else head.weight.dtype
         self.layers, self.trunk_bytes = [], 0
         for layer in source.layers():
-            self.layers.append(StepLayer(layer))
+            self.layers.append(StepLayer(layer, self.dtype))
             self.trunk_bytes += layer.nbytes
-        self.norm, self.head = _norm(source.norm()), head
+        self.norm, self.head = _norm(source.norm(), self.dtype), head
         self.inner: _Linear | PanelLinear | None = None
         if head.inner is not None:
             self.inner = _linear(LinearWeights(head.inner.weight, head.inner.bias))

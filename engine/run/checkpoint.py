@@ -167,10 +167,10 @@ def load_named_tensors(
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, names: Sequence[str]) -> dict[str, Tensor]:
-    """AdamW's state as flat tensors: `NAME.step`, `NAME.exp_avg`, `NAME.exp_avg_sq`.
+    """An optimizer's state as flat tensors: `NAME.step`, `NAME.exp_avg`, `NAME.exp_avg_sq`, ...
 
     Args:
-        optimizer: AdamW; learning rates and the like are settings, not part of it.
+        optimizer: AdamW or one like it; learning rates and the like are settings, not part of it.
         names: of its parameters, in its order. One that was never updated has only a step, 0.
     Returns: references, not copies.
     """
@@ -191,34 +191,35 @@ def load_optimizer_tensors(
 ) -> None:
     """Put back, bit for bit, what `optimizer_tensors` returned.
 
-    Args: as there; source: the file the tensors came from, for the error.
+    Args: as there; source: the file the tensors came from, for the error. What a parameter's state
+        looks like is said by the optimizer's `fresh_state(parameter)`, else it is AdamW's.
     Raises: UserError naming file and key; the optimizer is then unchanged.
     """
-    restored: dict[Any, Any] = {}
-    expected = []
-    for group in optimizer.param_groups:
-        on_device = group.get("fused") or group.get("capturable")
-        for parameter in group["params"]:
-            name = names[len(restored)]
-            step = tensors.get(f"{name}.step")
-            keys = ["step"] if step is None or step == 0 else ["step", "exp_avg", "exp_avg_sq"]
-            expected += [f"{name}.{key}" for key in keys]
-            restored[parameter] = (name, keys, on_device)
-    assert len(restored) == len(names), (len(restored), len(names))
+    fresh = getattr(optimizer, "fresh_state", _adamw_state)
+    states, expected = {}, {}
+    parameters = _parameters(optimizer)
+    for name, parameter in zip(names, parameters, strict=True):
+        step = tensors.get(f"{name}.step")
+        states[parameter] = fresh(parameter) if step is not None and step != 0 else {}
+        wanted = states[parameter] or {"step": torch.zeros(())}
+        expected |= {f"{name}.{key}": value for key, value in wanted.items()}
     _check_names(expected, tensors, source)
-    states = {}
-    for parameter, (name, keys, on_device) in restored.items():
-        _check_like(f"{name}.step", tensors[f"{name}.step"], torch.zeros(()), source)
-        for key in keys[1:]:
-            _check_like(f"{name}.{key}", tensors[f"{name}.{key}"], parameter, source)
+    for key, like in expected.items():
+        _check_like(key, tensors[key], like, source)
+    on_device = [g.get("fused") or g.get("capturable") for g in optimizer.param_groups]
+    for name, parameter in zip(names, parameters, strict=True):
         # AdamW keeps the step on the CPU unless its kernel reads it on the device.
-        devices = {"step": parameter.device if on_device else torch.device("cpu")}
-        states[parameter] = {
-            key: tensors[f"{name}.{key}"].to(devices.get(key, parameter.device), copy=True)
-            for key in keys
-        }
+        step_device = parameter.device if any(on_device) else torch.device("cpu")
+        for key in states[parameter]:
+            device = step_device if key == "step" else parameter.device
+            states[parameter][key] = tensors[f"{name}.{key}"].to(device, copy=True)
     optimizer.state.clear()
-    optimizer.state.update({p: state for p, state in states.items() if len(state) > 1})
+    optimizer.state.update({p: state for p, state in states.items() if state})
+
+
+def _adamw_state(parameter: Tensor) -> dict[str, Tensor]:
+    like = torch.empty_like(parameter, device="meta")
+    return {"step": torch.zeros(()), "exp_avg": like, "exp_avg_sq": like}
 
 
 def atomic_write_text(path: str | Path, text: str) -> None:

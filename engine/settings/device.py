@@ -1,5 +1,6 @@
 """The flags that name a device."""
 
+import os
 import re
 
 import torch
@@ -30,3 +31,15 @@ def open_device(flag: str, name: str) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UserError(f"--{flag} {name}: this machine has {torch.cuda.device_count()} GPUs")
     return device
+
+
+def enter_device(device: torch.device) -> None:
+    """Make a device the one that this thread's work goes to, before anything is allocated on it.
+
+    CUDA's segments then grow in place: caches of a rollout and activations of an update take turns
+    in the same memory, and neither finds it in pieces. PYTORCH_CUDA_ALLOC_CONF says otherwise.
+    """
+    if device.type == "cuda":
+        if "PYTORCH_ALLOC_CONF" not in os.environ:
+            os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+        torch.cuda.set_device(device.index or 0)

@@ -99,7 +99,7 @@ def read_policy(
     layout = layout_of(values, file)
     entries = find_weights(folder)
     config = janus_config(values, file, {key: e.shape for key, e in entries.items()})
-    tokenizer = _read_tokenizer(folder, config)
+    tokenizer = read_tokenizer(folder, config)
     if layout == ORIGINAL:
         _take_token_ids(config, tokenizer)
     with torch.device("meta"):
@@ -115,7 +115,7 @@ def _shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     return {key: entry.shape for key, entry in find_weights(folder).items()}
 
 
-def _read_tokenizer(folder: Path, config: JanusConfig) -> PreTrainedTokenizerBase:
+def read_tokenizer(folder: Path, config: JanusConfig) -> PreTrainedTokenizerBase:
     """The folder's tokenizer.json as it is, with the special tokens that Janus needs.
 
     Not AutoTokenizer: the published files name a class that some versions of transformers take

@@ -198,6 +198,7 @@ def _identity(launch: Launch) -> tuple:
         launch.num_stages,
         tuple(sorted(launch.narrow_ok)),
         launch.tensor_cores,
+        launch.fp_fusion,
     )
 
 
@@ -305,7 +306,11 @@ def compile_launch(launch: Launch, arch: str) -> triton.compiler.CompiledKernel:
         {(names.index(name),): value for name, value in launch.constexprs.items()},
         {(names.index(name),): [["tt.divisibility", 16]] for name in launch.divisible},
     )
-    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
+    options = {
+        "num_warps": launch.num_warps,
+        "num_stages": launch.num_stages,
+        "enable_fp_fusion": launch.fp_fusion,
+    }
     return triton.compile(source, target=GPUTarget("cuda", ARCHS[arch], 32), options=options)
 
 

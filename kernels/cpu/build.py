@@ -30,6 +30,8 @@ FLAGS = (
     "-fno-trapping-math",
     "-fPIC",
 )
+# An optimizer's step is the same bits on every device: no product is fused with a sum.
+SOURCE_FLAGS = {"adamw": ("-ffp-contract=off",)}
 SWITCH = "T2I_CPU_KERNELS"  # 0: PyTorch's ops instead
 MORE_FLAGS = "T2I_CPU_CFLAGS"  # for the compiler and the linker: warnings, sanitizers
 
@@ -96,7 +98,7 @@ def build(extra_flags: tuple[str, ...] = ()) -> Path:
     path, version = compiler()
     more = os.environ.get(MORE_FLAGS, "").split()
     flags = (*FLAGS, *extra_flags, *more)
-    digest = hashlib.sha256(repr((version, flags, _processor())).encode())
+    digest = hashlib.sha256(repr((version, flags, SOURCE_FLAGS, _processor())).encode())
     for source in sorted(SOURCES.glob("*.[ch]")):
         digest.update(source.read_bytes())
     folder = _cache_folder()
@@ -107,7 +109,8 @@ def build(extra_flags: tuple[str, ...] = ()) -> Path:
         objects = []
         for source in sorted(SOURCES.glob("*.c")):
             objects.append(f"{scratch}/{source.stem}.o")
-            _run([path, *flags, "-c", str(source), "-o", objects[-1]])
+            own = SOURCE_FLAGS.get(source.stem, ())
+            _run([path, *flags, *own, "-c", str(source), "-o", objects[-1]])
         # No -fopenmp: that would load a second runtime, whose threads would fight torch's.
         _run([path, "-shared", *more, *objects, "-lm", "-o", f"{scratch}/ops.so"])
         os.replace(f"{scratch}/ops.so", target)  # whole or not at all, whoever else compiles

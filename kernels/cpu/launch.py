@@ -11,10 +11,11 @@ from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from kernels.cpu.build import BuildError, loaded
-from kernels.state import Draw, LayerCache, StepState
+from kernels.state import AdamW, Draw, LayerCache, StepState
 
 _thread = threading.local()  # .recording: the Launches that this thread's ops join
 
@@ -109,6 +110,7 @@ def launch_linear(x: Tensor, panels: Tensor, bias: Tensor | None, out: Tensor, g
         x_stride=x.stride(0),
         y_stride=out.stride(0),
         gelu=int(gelu),
+        bf16=int(panels.dtype == torch.bfloat16),
     )
 
 
@@ -254,11 +256,47 @@ def launch_sample_step(
         logprobs_stride=stride(state.logprobs),
         guided_stride=stride(state.guided_logprobs),
         alive_stride=stride(state.alive),
-        seed=(seed & (2**64 - 1)) - (2**64 if seed & 2**63 else 0),
+        seed=_signed(seed),
         step_offset=draw.first_step,
         greedy=int(draw.greedy),
         eos=-1 if state.eos is None else state.eos,
         pad=state.pad,
+        table_bf16=int(state.table.dtype == torch.bfloat16),
         cfg_weight=float(draw.cfg_weight),
         temperature=float(draw.temperature),
     )
+
+
+def launch_adamw(
+    weight: Tensor,
+    grad: Tensor,
+    low: Tensor | None,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    settings: AdamW,
+    grad_scale: float | Tensor,
+    stream: int,
+) -> None:
+    """See kernels.adamw."""
+    names = ("keep", "mean_rate", "square_keep", "square_rate", "root", "size", "eps")
+    _launch(
+        "adamw",
+        weight=weight,
+        grad=grad,
+        low=low,
+        exp_avg=exp_avg,
+        exp_avg_sq=exp_avg_sq,
+        count=weight.numel(),
+        grad_bf16=int(grad.dtype == torch.bfloat16),
+        moments_bf16=int(exp_avg.dtype == torch.bfloat16),
+        seed=_signed(settings.seed),
+        step=settings.step,
+        stream=stream,
+        **dict(zip(names, settings.constants, strict=True)),
+        grad_scale=float(grad_scale),
+    )
+
+
+def _signed(seed: int) -> int:
+    """The low 64 bits as C's int64_t takes them."""
+    return (seed & (2**64 - 1)) - (2**64 if seed & 2**63 else 0)

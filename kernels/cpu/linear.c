@@ -1,4 +1,6 @@
-/* y = x W^T (+ bias), few rows, W in panels of PANEL outputs: (N / PANEL, K, PANEL).
+/* y = x W^T (+ bias), few rows, W in panels of PANEL outputs: (N / PANEL, K, PANEL) fp32, or
+   (N / PANEL, K, VEC, 2) bf16: outputs j and VEC + j side by side, so that one load, a shift and a
+   mask make both halves of the panel.
 
    A tile of TILE_ROWS x PANEL sums stays in registers while K goes by. Sums run over K in order,
    one by one, so that a row's result is the same bits whatever else is in the batch. */
@@ -19,18 +21,26 @@
 const int64_t linear_panel = PANEL;
 OP(linear)
 
-/* `rows` rows from `first` on times one panel; rows <= TILE_ROWS is a constant where inlined. */
-INLINE void tile(const struct linear_arguments *a, int64_t panel, int64_t first, const int rows) {
+/* `rows` rows from `first` on times one panel; rows <= TILE_ROWS and bf16 are constants where
+   inlined. */
+INLINE void tile(const struct linear_arguments *a, int64_t panel, int64_t first, const int rows,
+                 const int bf16) {
     const float *x = a->x + first * a->x_stride;
-    const float *w = a->panels + panel * a->in_features * PANEL;
+    const char *w = (const char *)a->panels + panel * a->in_features * PANEL * (bf16 ? 2 : 4);
     vec sums[TILE_ROWS][2];
     vec bias[2] = {{0}, {0}};
     int64_t column = panel * PANEL, width = a->out_features - column;
     if (width > PANEL) width = PANEL;
     if (a->bias) memcpy(bias, a->bias + column, sizeof(float) * width);
     for (int i = 0; i < rows; i++) sums[i][0] = sums[i][1] = (vec){0};
-    for (int64_t k = 0; k < a->in_features; k++, w += PANEL) {
-        vec low = load(w), high = load(w + VEC);
+    for (int64_t k = 0; k < a->in_features; k++, w += PANEL * (bf16 ? 2 : 4)) {
+        vec low = load((const float *)w), high;
+        if (bf16) { /* the upper half of an fp32 number is that number in bf16 */
+            high = (vec)((ints)low & (int32_t)0xffff0000);
+            low = (vec)((ints)low << 16);
+        } else {
+            high = load((const float *)w + VEC);
+        }
         for (int i = 0; i < rows; i++) {
             float value = x[i * a->x_stride + k];
             sums[i][0] += value * low;
@@ -51,17 +61,25 @@ INLINE void tile(const struct linear_arguments *a, int64_t panel, int64_t first,
     }
 }
 
-static void tiles(const struct linear_arguments *a, int64_t panel, int64_t first, int64_t end) {
-    for (; first + TILE_ROWS <= end; first += TILE_ROWS) tile(a, panel, first, TILE_ROWS);
+INLINE void tiles_of(const struct linear_arguments *a, int64_t panel, int64_t first, int64_t end,
+                     const int bf16) {
+    for (; first + TILE_ROWS <= end; first += TILE_ROWS) tile(a, panel, first, TILE_ROWS, bf16);
     switch (end - first) {
-        case 7: tile(a, panel, first, 7); break;
-        case 6: tile(a, panel, first, 6); break;
-        case 5: tile(a, panel, first, 5); break;
-        case 4: tile(a, panel, first, 4); break;
-        case 3: tile(a, panel, first, 3); break;
-        case 2: tile(a, panel, first, 2); break;
-        case 1: tile(a, panel, first, 1); break;
+        case 7: tile(a, panel, first, 7, bf16); break;
+        case 6: tile(a, panel, first, 6, bf16); break;
+        case 5: tile(a, panel, first, 5, bf16); break;
+        case 4: tile(a, panel, first, 4, bf16); break;
+        case 3: tile(a, panel, first, 3, bf16); break;
+        case 2: tile(a, panel, first, 2, bf16); break;
+        case 1: tile(a, panel, first, 1, bf16); break;
     }
+}
+
+static void tiles(const struct linear_arguments *a, int64_t panel, int64_t first, int64_t end) {
+    if (a->bf16)
+        tiles_of(a, panel, first, end, 1);
+    else
+        tiles_of(a, panel, first, end, 0);
 }
 
 void linear_share(const struct linear_arguments *a) {

@@ -10,10 +10,13 @@
 
 /* y[r] = act(x[r] W^T + bias); see linear.c for the panels. */
 struct linear_arguments {
-    const float *x, *panels, *bias; /* bias: NULL or out_features */
+    const float *x;
+    const void *panels; /* of fp32, or with bf16 of that */
+    const float *bias;  /* NULL or out_features */
     float *y;
     int64_t rows, in_features, out_features, x_stride, y_stride;
     int64_t gelu; /* 1: the exact GELU of the result */
+    int64_t bf16;
 };
 void linear_share(const struct linear_arguments *);
 
@@ -65,7 +68,7 @@ struct sample_step_arguments {
     const float *cond, *uncond, *kept; /* uncond: NULL; kept: NULL, or what may be drawn */
     const int64_t *sample_ids;
     int32_t *step;
-    const float *table;
+    const void *table; /* of fp32, or with table_bf16 of that */
     float *x;
     int64_t *tokens;
     float *logprobs, *guided_logprobs; /* each may be NULL */
@@ -74,10 +77,21 @@ struct sample_step_arguments {
     int64_t rows, vocab, columns, width;
     int64_t cond_stride, uncond_stride, table_stride, x_stride;
     int64_t tokens_stride, logprobs_stride, guided_stride, alive_stride;
-    int64_t seed, step_offset, greedy, eos, pad;
+    int64_t seed, step_offset, greedy, eos, pad, table_bf16;
     double cfg_weight, temperature;
 };
 void sample_step_share(const struct sample_step_arguments *);
+
+/* One step of AdamW on `count` weights in place; see adamw.c. */
+struct adamw_arguments {
+    void *weight; /* of fp32, or with low of bf16 */
+    const void *grad;
+    int16_t *low; /* NULL with fp32 weights */
+    void *exp_avg, *exp_avg_sq;
+    int64_t count, grad_bf16, moments_bf16, seed, step, stream;
+    double keep, mean_rate, square_keep, square_rate, root, size, eps, grad_scale;
+};
+void adamw_share(const struct adamw_arguments *);
 
 /* One after the other: what a recorded decode step is made of. */
 struct launch {

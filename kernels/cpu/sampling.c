@@ -114,6 +114,17 @@ static struct draw draw_row(const struct sample_step_arguments *a, int64_t row) 
     return draw;
 }
 
+/* A token's embedding. */
+static void gather(float *restrict x, const struct sample_step_arguments *a, int64_t token) {
+    int64_t from = token * a->table_stride;
+    if (!a->table_bf16) {
+        memcpy(x, (const float *)a->table + from, sizeof(float) * a->width);
+        return;
+    }
+    const uint16_t *half = (const uint16_t *)a->table + from;
+    for (int64_t i = 0; i < a->width; i++) x[i] = bits_to_float((int32_t)((uint32_t)half[i] << 16));
+}
+
 void sample_step_share(const struct sample_step_arguments *a) {
     const int64_t column = *a->step;
     int64_t bad = INT64_MAX; /* row */
@@ -133,9 +144,9 @@ void sample_step_share(const struct sample_step_arguments *a) {
             if (a->guided_logprobs)
                 a->guided_logprobs[row * a->guided_stride + column] = draw.guided_logprob;
         }
-        const float *from = a->table + draw.token * a->table_stride;
-        memcpy(a->x + row * a->x_stride, from, sizeof(float) * a->width);
-        if (a->uncond) memcpy(a->x + (a->rows + row) * a->x_stride, from, sizeof(float) * a->width);
+        float *x = a->x + row * a->x_stride;
+        gather(x, a, draw.token);
+        if (a->uncond) memcpy(x + a->rows * a->x_stride, x, sizeof(float) * a->width);
     }
     if (bad != INT64_MAX) {
         int64_t code = 1 + column * a->rows + bad; /* the first step's first row is the least */

@@ -53,6 +53,7 @@ class Launch:
         bytes_least: bytes that any implementation of the op must read and write.
         flops: floating-point operations of its matrix products; 0 where there is none.
         tensor_cores: the compiled code must contain tensor-core instructions.
+        fp_fusion: products may be fused with sums.
         narrow_ok: names of pointer arguments whose accesses may be narrower than 128 bits
             (scalars a row, index tables), each for a reason stated beside the kernel.
     """
@@ -70,4 +71,5 @@ class Launch:
     bytes_least: int = 0
     flops: int = 0
     tensor_cores: bool = False
+    fp_fusion: bool = True
     narrow_ok: tuple[str, ...] = field(default=())

@@ -86,7 +86,8 @@ def test_pictures_are_decoded_a_few_at_a_time(pair, monkeypatch):
     decode, seen = ours.model.vqmodel.decode, []
     monkeypatch.setattr(ours.model.vqmodel, "decode", lambda x: (seen.append(len(x)), decode(x))[1])
     monkeypatch.setattr(engine.model.policy, "DECODED_PIXELS", 2 * 8 * 8)
-    torch.testing.assert_close(ours.decode_images(ids), whole, rtol=0, atol=1e-6)
+    # Convolutions of other batch sizes round otherwise: 1.7e-6 on AVX2 with torch 2.11.
+    torch.testing.assert_close(ours.decode_images(ids), whole, rtol=0, atol=1e-5)
     assert seen == [2, 2, 1]
 
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from engine.learner.levels import Experience, Level
+from engine.learner.levels import Experience, Level, LevelRows
 from engine.learner.objective import (
-    policy_loss,
+    level_loss,
     score,
     token_weights,
 )
@@ -82,6 +82,12 @@ def scores(policy: Policy, e: Experience, config: TrainConfig) -> dict[str, Tens
             found[rows.level.name] = torch.zeros_like(rows.level.sampled)
             rows.write(found[rows.level.name], score(policy, rows, config.temperature))
     return found
+
+
+def policy_loss(policy: Policy, part: list[LevelRows], config: TrainConfig) -> dict[str, Tensor]:
+    """level_loss summed over a micro-batch's levels."""
+    found = [level_loss(policy, rows, config) for rows in part]
+    return {name: sum((f[name] for f in found[1:]), found[0][name]) for name in found[0]}
 
 
 def run(policy: Policy, e: Experience, config: TrainConfig, chunks: int = 1):

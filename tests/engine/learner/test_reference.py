@@ -4,13 +4,21 @@ import pytest
 import torch
 
 from engine.learner.objective import (
-    policy_loss,
     reference_policy,
     score,
 )
 from engine.model.token_tree import TokenTree
 from engine.rollout import sample_images
-from tests.engine.learner.conftest import CFG, changed, make_config, run, scores, shifted, trained
+from tests.engine.learner.conftest import (
+    CFG,
+    changed,
+    make_config,
+    policy_loss,
+    run,
+    scores,
+    shifted,
+    trained,
+)
 
 
 @pytest.mark.parametrize("tied", [False, True])

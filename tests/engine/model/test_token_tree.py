@@ -8,11 +8,12 @@ from torch import Tensor
 
 import engine.model.token_tree
 from engine.learner.levels import Experience, Level
-from engine.learner.objective import policy_loss, token_weights
+from engine.learner.objective import token_weights
 from engine.model.policy import Policy
 from engine.model.sequences import Sequences
 from engine.model.token_tree import Gather, TokenTree, Window, worthwhile_tree
 from engine.settings.train import TrainConfig
+from tests.engine.learner.conftest import policy_loss
 
 SHAPES = [(4, False), (2, False), (4, True)]  # (key/value heads, tied): MHA, GQA, tied
 
@@ -269,8 +270,8 @@ def test_second_stage_prompts_share_what_precedes_the_plans(new_policy, make_pro
 def test_attention_asks_for_a_prompt_once(new_policy, make_prompts, monkeypatch):
     policy, attend, queries = new_policy(), Window.attend, []
 
-    def counting(window, q, k, v):
-        out = attend(window, q, k, v)
+    def counting(window, *tensors):
+        out = attend(window, *tensors)
         queries.append(len(out))
         return out
 

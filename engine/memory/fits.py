@@ -1,0 +1,127 @@
+"""Whether a device has the memory that a run needs, and the micro-batch that it has it for."""
+
+import os
+from functools import cache
+from pathlib import Path
+
+import torch
+from transformers import JanusConfig
+
+from engine.memory.counts import count_weights
+from engine.memory.needs import Lengths, Memory, memory_needed
+from engine.prompts.data import load_prompts, load_template
+from engine.settings.device import device_kind
+from engine.settings.errors import UserError
+from engine.settings.train import TrainConfig
+from engine.weights.read import folder_of, read_config, read_tokenizer
+
+GIB = 2**30
+CUDA_CONTEXT = 600 << 20  # the driver's, and cuBLAS' workspaces
+SPARE = 0.95  # of a device that a micro-batch chosen by us may fill
+
+
+def device_memory(device: str) -> tuple[str, int | None]:
+    """A device's description and its bytes of memory; None where this machine has none such.
+
+    Args:
+        device: as in `--device`. The CPU's memory is the machine's, or the container's limit.
+    """
+    device = device_kind(device)
+    if device != "cpu":
+        index = torch.device(device).index or 0
+        if index >= torch.cuda.device_count():
+            return f"{device}, which this machine lacks", None
+        found = torch.cuda.get_device_properties(index)
+        return f"{device} ({found.name})", found.total_memory
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    limit = Path("/sys/fs/cgroup/memory.max")
+    if limit.exists() and (text := limit.read_text().strip()).isdigit():
+        total = min(total, int(text))
+    return "cpu", total
+
+
+def memory_of(
+    config: TrainConfig, dtype: torch.dtype, *, micro_batch_size: int | None = None
+) -> Memory:
+    """What a run needs, with weights of `dtype`.
+
+    Args: micro_batch_size: None: the flag's, or where that is 0 what fits.
+    """
+    folder = folder_of(config.model)
+    model = read_config(folder)
+    device = device_kind(config.device).partition(":")[0]
+    batch = micro_batch_size or config.micro_batch_size
+    if not batch:
+        batch = fitting_micro_batch(config, dtype)
+    return memory_needed(
+        model,
+        count_weights(model, config),
+        _lengths(config, model),
+        config,
+        dtype=dtype,
+        device=device,
+        micro_batch_size=batch,
+        process=_process_bytes() if device == "cpu" else CUDA_CONTEXT,
+    )
+
+
+def fitting_micro_batch(config: TrainConfig, dtype: torch.dtype) -> int:
+    """Images of a forward and backward: as many as the device has memory for, at least one."""
+    _, available = device_memory(config.device)
+    images = config.images_per_step
+    if available is None:
+        return images
+
+    def fits(count: int) -> bool:
+        return memory_of(config, dtype, micro_batch_size=count).peak <= SPARE * available
+
+    low, high = 1, images  # fits(low), or there is nothing smaller
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+    parts = -(-images // low)
+    return -(-images // parts)
+
+
+def require_memory(config: TrainConfig) -> None:
+    """Raise UserError with the numbers where the run cannot fit its device."""
+    name, available = device_memory(config.device)
+    memory = memory_of(config, getattr(torch, config.dtype), micro_batch_size=1)
+    if available is not None and memory.peak > available:
+        parts = memory.held | memory.stages[memory.largest]
+        shown = ", ".join(f"{what} {b / GIB:.1f}" for what, b in parts.items() if b > 0.05 * GIB)
+        raise UserError(
+            f"{config.model} in {config.dtype} needs {memory.peak / GIB:.1f} GiB on {name}"
+            f", which has {available / GIB:.1f} ({shown}); see --plan, and --dtype bfloat16, "
+            "--use_peft, --gradient_checkpointing, --optim_state_dtype bfloat16, --ref_offload, "
+            "--prompts_per_step"
+        )
+
+
+def _lengths(config: TrainConfig, model: JanusConfig) -> Lengths:
+    """Tokens of the longest prompts of a run, by its own tokenizer where there is one."""
+    prompts = load_prompts(config.dataset_name)
+    template = load_template(folder_of(config.model), config.reasoning_prompt_path)
+    longest = max((row["prompt"] for row in prompts), key=len)
+    first, second = (
+        _tokens(config.model, text)
+        for text in (template.stage1_text(longest), template.stage2_text(longest, ""))
+    )
+    plan = config.max_completion_length
+    return Lengths(first + 1, second + 2 + plan, plan, model.vq_config.num_patches**2)
+
+
+@cache
+def _tokens(model: str, text: str) -> int:
+    folder = folder_of(model)
+    if not (folder / "tokenizer.json").is_file():  # a config.json alone: four letters a token
+        return len(text) // 4 + 1
+    tokenizer = read_tokenizer(folder, read_config(folder))
+    return len(tokenizer.encode(text, add_special_tokens=False))
+
+
+@cache
+def _process_bytes() -> int:
+    """What this process holds now: Python and its libraries, if asked before there is a model."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
