@@ -57,7 +57,8 @@ class Attention(nn.Module):
         if tree is None:
             mixed = attend(q, k, v).transpose(1, 2)
         else:
-            mixed = tree.attend(*(y[0].transpose(0, 1) for y in (q, k, v)), attend)
+            by_token = [y[0].transpose(0, 1) for y in (q, k, v)]
+            mixed = tree.attend(by_token[0], by_token[1], by_token[2], attend)
         return self.o_proj(mixed.reshape(batch, length, -1)), k, v
 
     def keys_values(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:

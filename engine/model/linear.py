@@ -51,7 +51,8 @@ class _WideLinear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        rows, found = grad.float().flatten(0, -2), [None, None, None]
+        rows = grad.float().flatten(0, -2)
+        found: list[Tensor | None] = [None, None, None]
         if ctx.needs_input_grad[0]:
             found[0] = (rows @ weight.float()).to(x.dtype).view_as(x)
         if ctx.needs_input_grad[1]:

@@ -196,7 +196,8 @@ def load_optimizer_tensors(
     Raises: UserError naming file and key; the optimizer is then unchanged.
     """
     fresh = getattr(optimizer, "fresh_state", _adamw_state)
-    states, expected = {}, {}
+    states: dict[Tensor, dict[str, Tensor]] = {}
+    expected: dict[str, Tensor] = {}
     parameters = _parameters(optimizer)
     for name, parameter in zip(names, parameters, strict=True):
         step = tensors.get(f"{name}.step")

@@ -309,6 +309,7 @@ def launches(shape: DecodeShape) -> list[Launch]:
     floats = ("partial_ptr", "lse_ptr")
     tables = ("step_ptr", "prefix_lengths_ptr", "tiles_ptr")  # one number a row or a tile
     counts = ("rows", "tiles", "prefix_splits", "suffix_splits")
+    launched = options(constants, size)
     attend = Launch(
         name="decode_attention",
         kernel=_decode_attention_kernel,
@@ -319,7 +320,8 @@ def launches(shape: DecodeShape) -> list[Launch]:
         | {"qk_scale": "fp32", **dict.fromkeys(counts, "i32")},
         constexprs={**constants, "WIDEN": False},
         divisible=(*floats, *pointers, *strides, *tables),
-        **options(constants, size),
+        num_warps=launched["num_warps"],
+        num_stages=launched["num_stages"],
         grid=(kv_heads * (tiles * prefix_splits + shape.rows * suffix_splits),),
         bytes_moved=own + tiles * shape.prefix * token + queries + partials,
         bytes_least=own + (groups + 1) * shape.prefix * token + 2 * queries,

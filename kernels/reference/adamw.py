@@ -41,8 +41,8 @@ def noise(count: int, seed: int, step: int, stream: int) -> tuple[Tensor, Tensor
     """Two int32 (count,) in 0 .. 65535: the halves of Philox word i % 4 of counter i // 4."""
     blocks = torch.arange((count + 3) // 4)
     one = torch.ones((), dtype=torch.int64)
-    words = philox(seed, blocks, one * step, one * stream, one * TAG)
-    words = torch.stack([w.expand(len(blocks)) for w in words], 1).flatten()[:count]
+    drawn = philox(seed, blocks, one * step, one * stream, one * TAG)
+    words = torch.stack([w.expand(len(blocks)) for w in drawn], 1).flatten()[:count]
     return (words & 0xFFFF).int(), (words >> 16).int()
 
 
