@@ -10,7 +10,7 @@ from types import ModuleType
 
 import torch
 
-from bench import kernels, machine
+from bench import kernels, machine, memory
 from bench.gpu import check as gpu_check
 from bench.loss import suite as loss
 from bench.rewards import overlap
@@ -29,6 +29,7 @@ SUITES: dict[str, ModuleType] = {
     "rewards": rewards,
     "overlap": overlap,
     "generate": generate,
+    "memory": memory,
     "gpu_check": gpu_check,
 }
 
