@@ -60,7 +60,7 @@ def attach_adapter(
     names = "|".join(targets or TARGETS)
     config = peft.LoraConfig(
         r=r,
-        lora_alpha=alpha,
+        lora_alpha=int(alpha) if alpha == int(alpha) else alpha,  # peft's readers want the former
         lora_dropout=dropout,
         # A full match, unlike a list of names, which would find transformers' vision tower too.
         target_modules=rf"model\.language_model\.layers\.\d+\.(self_attn|mlp)\.({names})",
@@ -86,6 +86,10 @@ def _is_wrapper(module: nn.Module) -> bool:
 def _devices(policy: Policy) -> list[torch.device]:
     """Those beside the CPU whose generator is to be put back."""
     return [policy.device] if policy.device.type == "cuda" else []
+
+
+def _is_on(module: Any) -> bool:
+    return _is_wrapper(module) and not module.disable_adapters
 
 
 def _base(module: Any) -> nn.Linear:
@@ -189,11 +193,11 @@ class MergedWeights(OwnWeights):
     @torch.no_grad()
     def _joined(self, where: str, *linears: nn.Linear) -> LinearWeights:
         bases = [_base(m) for m in linears]
-        if self._is_off() or not any(map(_is_wrapper, linears)):
+        if not any(map(_is_on, linears)):
             return packed(where, *bases)
         rows = [len(m.weight) for m in bases]
         weight = bases[0].weight.new_empty((sum(rows), bases[0].weight.shape[1]))
         for m, part in zip(linears, weight.split(rows), strict=True):
-            part.copy_(merged_weight(m) if _is_wrapper(m) else m.weight)
+            part.copy_(merged_weight(m) if _is_on(m) else m.weight)
         bias = None if bases[0].bias is None else torch.cat([m.bias for m in bases])
         return LinearWeights(weight, bias)
