@@ -43,7 +43,7 @@ class Config:
 
     json: bool = option(False, "print one JSON object instead of a table")
     threads: int = option(0, "torch threads; 0: torch's choice", at_least=0)
-    sizes: list[str] = option(("135M", "273M", "553M"), "models, by their number of weights")
+    sizes: list[str] = option(("135M", "273M", "553M"), "models, by weights")  # noqa: RUF009
     dtype: str = option("bfloat16", "type of the weights: bfloat16 or float32")
     limit: float = option(0.1, "how far the plan may be from what is measured", above=0)
 

@@ -75,6 +75,7 @@ class Trainer:
                 dropout=config.lora_dropout,
                 targets=config.adapted_layers,
                 seed=config.seed,
+                merge_in_place=config.lora_merge == "in_place",
             )
         self.conversation = Conversation(self.policy, template)
         for source, checked in ((config.dataset_name, rows), (config.eval_dataset, eval_rows)):

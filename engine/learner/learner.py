@@ -25,6 +25,7 @@ from engine.run.checkpoint import (
     prune,
     save_checkpoint,
 )
+from engine.settings.device import give_back_memory
 from engine.settings.errors import UserError
 from engine.settings.out_of_memory import halved, is_out_of_memory
 from engine.settings.train import TrainConfig
@@ -110,6 +111,7 @@ class Learner:
     def experience(self, made: Generation) -> Experience:
         """The rollout with old and reference log-probs; advantages are still to come."""
         config = self.config
+        give_back_memory()
         experience = Experience(levels(made, config), self.micro_batch_size)
         for level, weights in zip(
             experience.levels, token_weights(experience.levels, config.loss_type), strict=True

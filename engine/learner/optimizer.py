@@ -161,7 +161,8 @@ def sampled(tensors: Sequence[Tensor]) -> Iterator[Tensor]:
     total = sum(t.numel() for t in tensors)
     step = max(1, total // SAMPLED)
     for t in tensors:
-        yield t.detach().flatten()[:: min(step, max(1, t.numel() // 4))].cpu()
+        some = t.detach().flatten()[:: min(step, max(1, t.numel() // 4))]
+        yield some.to("cpu", copy=True)
 
 
 def master_of(

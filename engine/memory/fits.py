@@ -1,6 +1,7 @@
 """Whether a device has the memory that a run needs, and the micro-batch that it has it for."""
 
 import os
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from transformers import JanusConfig
 
 from engine.memory.counts import count_weights
 from engine.memory.needs import Lengths, Memory, memory_needed
+from engine.model.adapter import require_peft
 from engine.prompts.data import load_prompts, load_template
 from engine.settings.device import device_kind
 from engine.settings.errors import UserError
@@ -41,18 +43,23 @@ def device_memory(device: str) -> tuple[str, int | None]:
 
 
 def memory_of(
-    config: TrainConfig, dtype: torch.dtype, *, micro_batch_size: int | None = None
+    config: TrainConfig,
+    dtype: torch.dtype,
+    *,
+    micro_batch_size: int | None = None,
+    rollout_size: int | None = None,
 ) -> Memory:
     """What a run needs, with weights of `dtype`.
 
-    Args: micro_batch_size: None: the flag's, or where that is 0 what fits.
+    Args:
+        micro_batch_size: of an update; None: the flag's, or where that is 0 as many as fit.
+        rollout_size: samples decoded at a time; None: as many as fit.
     """
     folder = folder_of(config.model)
     model = read_config(folder)
     device = device_kind(config.device).partition(":")[0]
-    batch = micro_batch_size or config.micro_batch_size
-    if not batch:
-        batch = fitting_micro_batch(config, dtype)
+    if config.use_peft:
+        require_peft()  # before the process is looked at: it is a large import
     return memory_needed(
         model,
         count_weights(model, config),
@@ -60,25 +67,39 @@ def memory_of(
         config,
         dtype=dtype,
         device=device,
-        micro_batch_size=batch,
+        micro_batch_size=(
+            micro_batch_size or config.micro_batch_size or fitting_micro_batch(config, dtype)
+        ),
+        rollout_size=rollout_size or _fitting_rollout(config, dtype),
         process=_process_bytes() if device == "cpu" else CUDA_CONTEXT,
     )
 
 
 def fitting_micro_batch(config: TrainConfig, dtype: torch.dtype) -> int:
     """Images of a forward and backward: as many as the device has memory for, at least one."""
+    return _largest(
+        config, lambda n: memory_of(config, dtype, micro_batch_size=n, rollout_size=1).peak
+    )
+
+
+def _fitting_rollout(config: TrainConfig, dtype: torch.dtype) -> int:
+    """Samples that decode together, by the same rule."""
+    return _largest(
+        config, lambda n: memory_of(config, dtype, micro_batch_size=1, rollout_size=n).peak
+    )
+
+
+def _largest(config: TrainConfig, peak: Callable[[int], int]) -> int:
+    """The step's images, in as few equal parts as fit the device by their peak."""
     _, available = device_memory(config.device)
     images = config.images_per_step
     if available is None:
         return images
-
-    def fits(count: int) -> bool:
-        return memory_of(config, dtype, micro_batch_size=count).peak <= SPARE * available
-
-    low, high = 1, images  # fits(low), or there is nothing smaller
+    low, high = 1, images  # low fits, or there is nothing smaller
     while low < high:
         middle = (low + high + 1) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+        fits = peak(middle) <= SPARE * available
+        low, high = (middle, high) if fits else (low, middle - 1)
     parts = -(-images // low)
     return -(-images // parts)
 
@@ -86,7 +107,8 @@ def fitting_micro_batch(config: TrainConfig, dtype: torch.dtype) -> int:
 def require_memory(config: TrainConfig) -> None:
     """Raise UserError with the numbers where the run cannot fit its device."""
     name, available = device_memory(config.device)
-    memory = memory_of(config, getattr(torch, config.dtype), micro_batch_size=1)
+    dtype = getattr(torch, config.dtype)
+    memory = memory_of(config, dtype, micro_batch_size=config.micro_batch_size or 1, rollout_size=1)
     if available is not None and memory.peak > available:
         parts = memory.held | memory.stages[memory.largest]
         shown = ", ".join(f"{what} {b / GIB:.1f}" for what, b in parts.items() if b > 0.05 * GIB)
@@ -94,7 +116,7 @@ def require_memory(config: TrainConfig) -> None:
             f"{config.model} in {config.dtype} needs {memory.peak / GIB:.1f} GiB on {name}"
             f", which has {available / GIB:.1f} ({shown}); see --plan, and --dtype bfloat16, "
             "--use_peft, --gradient_checkpointing, --optim_state_dtype bfloat16, --ref_offload, "
-            "--prompts_per_step"
+            "--micro_batch_size 0"
         )
 
 

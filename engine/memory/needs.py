@@ -72,12 +72,14 @@ def memory_needed(
     dtype: torch.dtype,
     device: str,
     micro_batch_size: int,
+    rollout_size: int,
     process: int = 0,
 ) -> Memory:
     """What `config` needs on a device ("cpu" or "cuda") with weights of `dtype`.
 
     Args:
         micro_batch_size: images of a forward and backward, >= 1.
+        rollout_size: samples decoded at a time, >= 1.
         process: bytes that Python and its libraries hold, where they share the device's memory.
     """
     size = dtype.itemsize
@@ -94,8 +96,10 @@ def memory_needed(
         "optimizer's state": round(trained * _state_bytes(config, trained_size)),
     }
     stages = {
-        "plans": _rollout(model, counts, lengths, config, dtype, device, "semantic"),
-        "image tokens": _rollout(model, counts, lengths, config, dtype, device, "token"),
+        "plans": _rollout(model, counts, lengths, config, dtype, device, "semantic", rollout_size),
+        "image tokens": _rollout(
+            model, counts, lengths, config, dtype, device, "token", rollout_size
+        ),
         "pictures": _pictures(model, config, dtype, device),
     }
     gradients = trained * trained_size
@@ -134,24 +138,28 @@ def _rollout(
     dtype: torch.dtype,
     device: str,
     level: str,
+    together: int,
 ) -> dict[str, int]:
-    """Caches of all rows at once, and what the weights are laid out in."""
+    """Caches of the rows that decode together, and what the weights are laid out in."""
     in_c = device == "cpu" and dtype in C_WEIGHTS and library() is not None
     computed = torch.float32 if in_c else dtype
     vocab, width, size = model.text_config.vocab_size, model.text_config.hidden_size, dtype.itemsize
     each = trunk_shape(model).kv_bytes(computed)
+    merged = counts.adapters and config.lora_merge == "copy" and not in_c
     if level == "semantic":
-        rows, steps, prefix = config.prompts_per_step * config.num_generations, lengths.plan, 0
+        plans = config.prompts_per_step * config.num_generations
+        rows, steps, prefix = min(together, plans), lengths.plan, 0
         shared = config.prompts_per_step * lengths.first
     else:
-        rows, steps, prefix = 2 * config.images_per_step, lengths.image, lengths.second
+        rows = 2 * min(together, config.images_per_step)
+        steps, prefix = lengths.image, lengths.second
         shared = (config.prompts_per_step * config.num_generations + 1) * prefix
         vocab = model.vq_config.num_embeddings
     return {
         f"KV cache, {rows} rows of {steps} tokens": rows * steps * each,
         f"KV cache of prompts, {shared} tokens": shared * (each + (dtype != computed) * each // 2),
         "weights laid out for decoding": (counts.trunk + vocab * width) * size if in_c else 0,
-        "merged weights": counts.trunk * size if counts.adapters and not in_c else 0,
+        "merged weights": counts.trunk * size if merged else 0,
         "logits": rows * vocab * FP32,
     }
 

@@ -77,6 +77,8 @@ def _verdict(config: TrainConfig) -> list[str]:
         said += f", which has {available / unit:.2f}: " + (
             "fits" if plan.peak <= available else "does not fit"
         )
-    fitting = [f"{card} GB" for card in CARDS if plan.peak <= card * 10**9]
+    # On a card of its own, a run's portions shrink to what there is.
+    least = memory_of(config, dtype, micro_batch_size=config.micro_batch_size or 1, rollout_size=1)
+    fitting = [f"{card} GB" for card in CARDS if least.peak <= card * 10**9]
     cards = f"Cards that hold it: {', '.join(fitting) or f'none of {CARDS} GB'}."
     return [said, cards] if device_memory(config.device)[0] != "cpu" else [said]

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from engine.model.layers import LanguageModel
 from engine.model.policy import Policy
-from engine.model.weight_source import LinearWeights, OwnWeights, packed
+from engine.model.weight_source import LayerWeights, LinearWeights, OwnWeights, packed
 from engine.settings.errors import UserError
 
 ADAPTER = "default"  # peft's own name for the only one
@@ -40,6 +41,7 @@ def attach_adapter(
     dropout: float = 0.0,
     targets: Sequence[str] = (),
     seed: int = 0,
+    merge_in_place: bool = False,
 ) -> None:
     """Put a fresh adapter on a policy, in place, and leave nothing else trainable.
 
@@ -50,6 +52,7 @@ def attach_adapter(
         dropout: of the adapter's input; active only under `adapter_dropout`.
         targets: names of TARGETS; none: all of them.
         seed: of A, which is drawn on the CPU and so is the same on every device.
+        merge_in_place: see MergedWeights.
     Adapters are fp32 whatever the policy's dtype: at learning rates of 1e-4 an update of a 16-bit
     weight rounds to nothing.
     Raises: UserError where peft is missing.
@@ -70,7 +73,7 @@ def attach_adapter(
         peft.inject_adapter_in_model(config, policy, ADAPTER)
     for parameter in policy.trainable().values():
         parameter.data = parameter.data.float()
-    policy.weights = MergedWeights(policy.model.language_model)
+    policy.weights = MergedWeights(policy.model.language_model, in_place=merge_in_place)
     policy.eval()  # the wrappers are born in training mode
 
 
@@ -175,20 +178,59 @@ def _itself(tensor: Tensor) -> Tensor:
 
 
 class MergedWeights(OwnWeights):
-    """A WeightSource of an adapted trunk: W + B A alpha / r as new tensors, the rest where it is.
+    """A WeightSource of an adapted trunk: W + B A alpha / r, the rest where it is.
 
-    Nothing is kept here: a rollout's copy lives as long as the rollout. While the adapter is off,
-    the weights are the trunk's own.
+    While the adapter is off, the weights are the trunk's own.
+
+    Args:
+        in_place: False: as new tensors, which live as long as the rollout that asked for them.
+            True: in the place of W, which waits in host memory until `release`; meanwhile the
+            modules compute with the merged weights too.
     """
+
+    def __init__(self, trunk: LanguageModel, *, in_place: bool = False) -> None:
+        super().__init__(trunk)
+        self._in_place = in_place
+        self._kept: dict[Any, Tensor] = {}  # the wrappers' own W, on the host
+        self._merged = False
 
     @property
     def version(self) -> int:
         """Another number after every update, and while the adapter is off."""
-        written = super().version
+        # In place W is written in every rollout; it does not train.
+        parts = self._trunk.named_parameters()
+        written = sum(p._version for n, p in parts if not self._in_place or ".lora_" in n)
         return ~written if self._is_off() else written
 
     def _is_off(self) -> bool:
-        return any(layer.disable_adapters for layer in adapted(self._trunk).values())
+        layers = adapted(self._trunk).values()
+        return not self._merged and any(layer.disable_adapters for layer in layers)
+
+    def layers(self) -> Iterator[LayerWeights]:
+        if self._in_place and not self._is_off() and not self._merged:
+            self._merge()
+        return super().layers()
+
+    @torch.no_grad()
+    def _merge(self) -> None:
+        for layer in adapted(self._trunk).values():
+            weight = layer.get_base_layer().weight
+            if layer not in self._kept:
+                host = torch.empty(weight.shape, dtype=weight.dtype, pin_memory=weight.is_cuda)
+                self._kept[layer] = host.copy_(weight)
+            weight.copy_(merged_weight(layer))
+            layer._disable_adapters = True  # not enable_adapters: nothing is to be frozen
+        self._merged = True
+
+    @torch.no_grad()
+    def release(self) -> None:
+        """Put W back, bit for bit."""
+        if not self._merged:
+            return
+        for layer, kept in self._kept.items():
+            layer.get_base_layer().weight.copy_(kept, non_blocking=True)
+            layer._disable_adapters = False
+        self._merged = False
 
     @torch.no_grad()
     def _joined(self, where: str, *linears: nn.Linear) -> LinearWeights:

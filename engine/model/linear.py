@@ -1,5 +1,6 @@
 """Linear layers, also on CPUs that have no instruction for 16-bit products."""
 
+import threading
 from functools import cache
 from typing import Any
 
@@ -40,12 +41,32 @@ class Linear(nn.Linear):
         return _WideLinear.apply(x, self.weight, self.bias)
 
 
+_buffers = threading.local()  # .weight, .gradient: flat fp32 memory, as large as ever needed
+
+
+def _buffer(name: str, shape: torch.Size) -> Tensor:
+    """fp32 memory for the time of one product.
+
+    Kept: memory of this size comes fresh from the system every time, and the system fills its
+    pages more slowly than the product needs them.
+    """
+    kept = getattr(_buffers, name, None)
+    if kept is None or kept.numel() < shape.numel():
+        kept = torch.empty(shape.numel())
+        setattr(_buffers, name, kept)
+    return kept[: shape.numel()].view(shape)
+
+
+def _widened(weight: Tensor) -> Tensor:
+    return _buffer("weight", weight.shape).copy_(weight)
+
+
 class _WideLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
         wide = None if bias is None else bias.float()
-        return F.linear(x.float(), weight.float(), wide).to(x.dtype)
+        return F.linear(x.float(), _widened(weight), wide).to(x.dtype)
 
     @staticmethod
     @once_differentiable
@@ -54,9 +75,11 @@ class _WideLinear(torch.autograd.Function):
         rows = grad.float().flatten(0, -2)
         found: list[Tensor | None] = [None, None, None]
         if ctx.needs_input_grad[0]:
-            found[0] = (rows @ weight.float()).to(x.dtype).view_as(x)
+            found[0] = (rows @ _widened(weight)).to(x.dtype).view_as(x)
         if ctx.needs_input_grad[1]:
-            found[1] = (rows.T @ x.flatten(0, -2).float()).to(weight.dtype)
+            product = _buffer("gradient", weight.shape)
+            torch.mm(rows.T, x.flatten(0, -2).float(), out=product)
+            found[1] = product.to(weight.dtype)
         if ctx.needs_input_grad[2]:
             found[2] = rows.sum(0).to(grad.dtype)
         return tuple(found)

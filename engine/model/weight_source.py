@@ -65,7 +65,10 @@ class LayerWeights:
 
 
 class WeightSource(Protocol):
-    """The trunk's weights as they are now. A rollout asks for all of them at its beginning."""
+    """The trunk's weights as they are now. A rollout asks for all of them at its beginning.
+
+    One that has a method `release()` is told when the rollout is over.
+    """
 
     @property
     def version(self) -> int:

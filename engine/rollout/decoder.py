@@ -18,13 +18,16 @@ from engine.model.generator import Generator
 from engine.rollout.prefill import Prepared
 from engine.rollout.request import Drawn, Prompts, Request, joined
 from engine.rollout.step import DecodeStep
+from engine.settings.device import free_memory, give_back_memory
 from engine.settings.out_of_memory import halved, is_out_of_memory
 from kernels.cpu.launch import record
 from kernels.dispatch import use_triton
 from kernels.sample_step import error_place
 
 ALIVE_EVERY = 32  # text steps between two looks at whether any row still runs, on CUDA
-FREE_SHARE = 0.8  # of a GPU's free memory that caches may take; the rest: logits, workspaces, waste
+FREE_SHARE = (
+    0.8  # of a device's free memory that caches may take; the rest: logits, workspaces, waste
+)
 FEWEST_TOGETHER = 8  # samples: fewer read the weights too often for what they save of the cache
 
 
@@ -33,18 +36,26 @@ def decode(generator: Generator, prompts: Sequence[Tensor], request: Request) ->
 
     Raises: FloatingPointError naming row and step of the first bad logits.
     """
-    rows = Prompts.of(prompts)
-    prepared = Prepared(generator, rows, request)
-    together, parts, first = _together(prepared, rows, request), [], 0
-    while first < len(prompts):
-        some = rows.rows(slice(first, first + together))
-        part = _decoded(prepared, some, request)
-        if part is None:
-            together = halved(len(some.owner), "samples of a rollout")
-        else:
-            parts.append(part)
-            first += len(some.owner)
+    rows, parts, first = Prompts.of(prompts), [], 0
+    give_back_memory()
+    try:
+        prepared = Prepared(generator, rows, request)
+        together = _together(prepared, rows, request)
+        while first < len(prompts):
+            some = rows.rows(slice(first, first + together))
+            part = _decoded(prepared, some, request)
+            if part is None:
+                together = halved(len(some.owner), "samples of a rollout")
+            else:
+                parts.append(part)
+                first += len(some.owner)
+    finally:
+        getattr(generator.weights, "release", _nothing)()
     return joined(parts, generator.pad).rows(rows.order.argsort())
+
+
+def _nothing() -> None:
+    """For weights that nothing was done to."""
 
 
 def _decoded(prepared: Prepared, prompts: Prompts, request: Request) -> Drawn | None:
@@ -75,29 +86,20 @@ def decoder_of(
 def _together(prepared: Prepared, prompts: Prompts, request: Request) -> int:
     """Samples to decode at a time.
 
-    As many as a GPU's free memory holds. A CPU reads its last level of cache several times as fast
-    as memory: where the weights and some samples' keys and values fit half of it, so many.
+    As many as the device's free memory holds. A CPU reads its last level of cache several times as
+    fast as memory: where the weights and some samples' keys and values fit half of it, so many.
     """
     generator, count, cache = prepared.generator, len(prompts.owner), _cache_bytes()
     # What a row's keys and values take, at most.
     tokens = request.branches * request.steps + len(prompts.longest)
     each = tokens * generator.shape.kv_bytes(prepared.weights.dtype)
-    if generator.device.type == "cuda":
-        fitting = max(1, int(FREE_SHARE * _free_bytes(generator.device)) // each)
-    elif cache is None:
-        return count
-    else:
-        fitting = (cache // 2 - prepared.weights.trunk_bytes) // each
-        if fitting < FEWEST_TOGETHER:
-            return count
+    fitting = max(1, int(FREE_SHARE * free_memory(generator.device)) // each)
+    if generator.device.type == "cpu" and cache is not None:
+        cached = (cache // 2 - prepared.weights.trunk_bytes) // each
+        if cached >= FEWEST_TOGETHER:
+            fitting = min(fitting, cached)
     parts = -(-count // fitting)
     return -(-count // parts)
-
-
-def _free_bytes(device: torch.device) -> int:
-    """What a GPU can still give: what nobody has, and what torch's allocator holds unused."""
-    free, _ = torch.cuda.mem_get_info(device)
-    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
 @cache

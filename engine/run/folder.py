@@ -20,7 +20,7 @@ FREE = {
     "resume", "output_dir", "run_name", "threads", "logging_steps", "sample_steps", "save_steps",
     "save_total_limit", "eval_prompts", "eval_generations", "eval_dataset_name", "max_steps",
     "on_reward_error", "reward_timeout", "reward_device", "reward_offload",
-    "gradient_checkpointing", "ref_offload", "max_zero_std_steps",
+    "gradient_checkpointing", "ref_offload", "max_zero_std_steps", "lora_merge",
 }  # fmt: skip
 
 # All that a run writes. A link among them is found when the run begins, not when it is over.

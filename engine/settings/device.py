@@ -1,7 +1,11 @@
 """The flags that name a device."""
 
+import ctypes
 import os
 import re
+import sys
+from contextlib import suppress
+from pathlib import Path
 
 import torch
 
@@ -43,3 +47,29 @@ def enter_device(device: torch.device) -> None:
         if "PYTORCH_ALLOC_CONF" not in os.environ:
             os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
         torch.cuda.set_device(device.index or 0)
+
+
+def give_back_memory() -> None:
+    """Have the C library return what it holds of freed host memory to the system.
+
+    glibc keeps freed blocks below 32 MB, and with them whatever lies below the last one in use: the
+    gigabytes of a rollout's weights would stay resident beside the update's activations.
+    """
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's alone
+        if trim is not None:
+            trim(0)
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that a device can still give: what nobody has, and what torch's allocator holds unused.
+
+    Of a host whose system does not tell, a number beyond any machine's.
+    """
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    with suppress(OSError, ValueError, IndexError):
+        text = Path("/proc/meminfo").read_text()
+        return int(text.partition("MemAvailable:")[2].split()[0]) << 10
+    return 1 << 60

@@ -67,6 +67,7 @@ class TrainConfig(RewardConfig):
     lora_alpha: float = option(32, "the adapter's product is scaled by lora_alpha / lora_r", above=0)
     lora_dropout: float = option(0.0, "dropout of the adapter's input, in updates alone", at_least=0, below=1)
     lora_target_modules: list[Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "all-linear"]] = option((), "layers that get an adapter; none, or all-linear: all")
+    lora_merge: Literal["copy", "in_place"] = option("copy", "merged weights of a rollout: a copy, or in place of the base, which waits in host memory")
     dtype: Literal["float32", "bfloat16", "float16"] = option("float32", "type of the weights", group="machine", aliases=["torch_dtype"])
     gradient_checkpointing: bool = option(False, "keep a layer's input alone for its backward pass, which runs the layer again")
     attn_implementation: Literal["sdpa", "flash_attention_2", "xformers"] = option("sdpa", "attention of the training forward")

@@ -114,6 +114,18 @@ def launch_linear(x: Tensor, panels: Tensor, bias: Tensor | None, out: Tensor, g
     )
 
 
+def launch_pack(weight: Tensor, panels: Tensor) -> None:
+    """See kernels.cpu.linear."""
+    _launch(
+        "pack",
+        weight=weight,
+        panels=panels,
+        in_features=weight.shape[1],
+        out_features=len(weight),
+        bf16=int(weight.dtype == torch.bfloat16),
+    )
+
+
 def launch_rms_norm(
     x: Tensor,
     weight: Tensor,

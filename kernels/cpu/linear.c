@@ -20,6 +20,7 @@
 
 const int64_t linear_panel = PANEL;
 OP(linear)
+OP(pack)
 
 /* `rows` rows from `first` on times one panel; rows <= TILE_ROWS and bf16 are constants where
    inlined. */
@@ -98,5 +99,40 @@ void linear_share(const struct linear_arguments *a) {
     for (int64_t unit = 0; unit < panels * blocks; unit++) {
         int64_t first = unit % blocks * BLOCK_ROWS;
         tiles(a, unit / blocks, first, RUN_END(first, rows, BLOCK_ROWS));
+    }
+}
+
+#define PACK_COLUMNS 32 /* of PANEL rows at a time: what is written stays in the first cache */
+
+/* One panel; bf16 is a constant where inlined. Outputs past the last are zeros. */
+INLINE void pack_panel(const struct pack_arguments *a, int64_t panel, const int bf16) {
+    int64_t width = a->in_features, row = panel * PANEL;
+    for (int64_t start = 0; start < width; start += PACK_COLUMNS) {
+        int64_t end = RUN_END(start, width, PACK_COLUMNS);
+        for (int64_t j = 0; j < PANEL; j++) {
+            int64_t from = (row + j) * width, to = (panel * width) * PANEL + j;
+            int zero = row + j >= a->out_features;
+            if (bf16) {
+                to += j < VEC ? j : j - 2 * VEC + 1; /* 2 j, or 2 (j - VEC) + 1 */
+                const uint16_t *weight = (const uint16_t *)a->weight + from;
+                uint16_t *panels = (uint16_t *)a->panels + to;
+                for (int64_t k = start; k < end; k++) panels[k * PANEL] = zero ? 0 : weight[k];
+            } else {
+                const float *weight = (const float *)a->weight + from;
+                float *panels = (float *)a->panels + to;
+                for (int64_t k = start; k < end; k++) panels[k * PANEL] = zero ? 0 : weight[k];
+            }
+        }
+    }
+}
+
+void pack_share(const struct pack_arguments *a) {
+    int64_t panels = (a->out_features + PANEL - 1) / PANEL;
+#pragma omp for schedule(static)
+    for (int64_t panel = 0; panel < panels; panel++) {
+        if (a->bf16)
+            pack_panel(a, panel, 1);
+        else
+            pack_panel(a, panel, 0);
     }
 }

@@ -3,11 +3,10 @@
 import ctypes
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.cpu.build import loaded
-from kernels.cpu.launch import launch_linear
+from kernels.cpu.launch import launch_linear, launch_pack
 
 
 class PanelLinear:
@@ -24,12 +23,9 @@ class PanelLinear:
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         panel = ctypes.c_int64.in_dll(loaded(), "linear_panel").value
-        padded = F.pad(weight.detach(), (0, 0, 0, -len(weight) % panel))
-        if weight.dtype == torch.bfloat16:
-            halves = padded.view(-1, 2, panel // 2, weight.shape[1])
-            self._panels = halves.permute(0, 3, 2, 1).contiguous()
-        else:
-            self._panels = padded.view(-1, panel, weight.shape[1]).mT.contiguous()
+        shape = -(-len(weight) // panel), weight.shape[1], panel
+        self._panels = torch.empty(shape, dtype=weight.dtype)
+        launch_pack(weight.detach().contiguous(), self._panels)
         self._bias = None if bias is None else bias.detach().float().contiguous()
 
     def into(self, out: Tensor, x: Tensor, *, gelu: bool = False) -> None:

@@ -20,6 +20,14 @@ struct linear_arguments {
 };
 void linear_share(const struct linear_arguments *);
 
+/* A weight's panels for linear; see linear.c. */
+struct pack_arguments {
+    const void *weight; /* (out_features, in_features), contiguous, fp32 or bf16 */
+    void *panels;
+    int64_t in_features, out_features, bf16;
+};
+void pack_share(const struct pack_arguments *);
+
 /* out = weight * s / sqrt(mean(s^2) + eps), s = x + residual, which residual_out gets. */
 struct rms_norm_arguments {
     const float *x, *weight, *residual; /* residual: NULL where there is none */

@@ -13,9 +13,13 @@ from transformers import (
     LlamaConfig,
 )
 
-from engine import memory as plan
 from engine import train
+from engine.memory import fits
+from engine.memory.counts import count_weights
+from engine.memory.needs import Lengths, activation_bytes, memory_needed
 from engine.model.adapter import attach_adapter
+from engine.model.linear import wants_fp32
+from engine.model.policy import trunk_shape
 from engine.model.sequences import Sequences
 from engine.policy import load_policy
 from engine.rollout import sample_images
@@ -83,8 +87,11 @@ def test_counts_of_the_published_models_are_those_of_transformers(published):
     def count(*modules: torch.nn.Module) -> int:
         return sum(p.numel() for module in modules for p in module.parameters())
 
-    parts, counts = theirs.model, plan.count_weights(read_config(folder))
+    parts, counts = theirs.model, count_weights(read_config(folder), TrainConfig())
     assert counts.language_model == count(parts.language_model, theirs.lm_head)
+    assert counts.trunk == sum(
+        p.numel() for p in parts.language_model.layers.parameters() if p.ndim == 2
+    )
     assert counts.image_tokenizer == count(parts.vqmodel)
     assert counts.image_modules == count(
         parts.generation_embeddings, parts.generation_aligner, parts.generation_head
@@ -97,40 +104,81 @@ def test_counts_of_the_published_models_are_those_of_transformers(published):
     assert counts.language_model == {"1b": 1_652_656_128, "7b": 6_910_365_696}[size]
 
 
+LENGTHS = Lengths(first=300, second=100, plan=64, image=576)
+
+
+def needed(folder, dtype=torch.bfloat16, device="cuda", batch=8, **flags):
+    flags = {"prompts_per_step": 2, "num_generations": 4} | flags
+    config, model = TrainConfig(model=str(folder), **flags), read_config(folder)
+    return memory_needed(
+        model, count_weights(model, config), LENGTHS, config,
+        dtype=dtype, device=device, micro_batch_size=batch, rollout_size=8,
+    )  # fmt: skip
+
+
 def test_memory_of_the_published_models(published):
     size, folder = published
     model = read_config(folder)
-    config = TrainConfig(model=str(folder), prompts_per_step=2, num_generations=4)
-    counts = plan.count_weights(model)
-    memory = plan.memory_needed(model, counts, config, torch.bfloat16, "cuda")
+    counts = count_weights(model, TrainConfig())
+    memory = needed(folder)
     each_token = {"1b": 196_608, "7b": 491_520}[size]  # research/rollout.md
-    assert plan.trunk_shape(model).kv_bytes(torch.bfloat16) == each_token
-    assert list(memory.rollout.values()) == [16 * 576 * each_token]
+    assert trunk_shape(model).kv_bytes(torch.bfloat16) == each_token
+    image = memory.stages["image tokens"]
+    assert image["KV cache, 16 rows of 576 tokens"] == 16 * 576 * each_token
     assert memory.held["weights"] == 2 * counts.policy
-    assert memory.held["reference copy"] == memory.held["gradients"] == 2 * counts.language_model
-    assert memory.held["Adam's two moments"] == 4 * counts.language_model
-    assert memory.peak >= sum(memory.held.values()) + 16 * 576 * each_token
-    wide = plan.memory_needed(model, counts, config, torch.float32, "cuda")
-    assert wide.held == {name: 2 * size for name, size in memory.held.items()}
-    alone = TrainConfig(model=str(folder), beta=0, train_levels=["token"], micro_batch_size=1)
-    alone = plan.memory_needed(model, counts, alone, torch.bfloat16, "cuda")
-    assert alone.held["reference copy"] == 0
-    assert list(alone.update.values()) == [576 * plan.activation_bytes(model, torch.bfloat16)]
+    assert memory.held["reference policy"] == 2 * counts.language_model
+    # The bits that bf16 lacks, and two fp32 moments; what other optimizers keep.
+    state = "optimizer's state"
+    assert memory.held[state] == (2 + 4 + 4) * counts.language_model
+    half = needed(folder, optim_state_dtype="bfloat16").held[state]
+    assert half == (2 + 2 + 2) * counts.language_model
+    assert needed(folder, torch.float32).held[state] == 8 * counts.language_model
+    assert needed(folder, optim="adamw_torch").held[state] == 4 * counts.language_model
+    assert needed(folder, optim="adamw_8bit").held[state] < 2.1 * counts.language_model
+    # Nothing of a stage is there in the next.
+    update = memory.stages["update, token level"]
+    assert update["gradients"] == 2 * counts.language_model
+    sums = [sum(stage.values()) for stage in memory.stages.values()]
+    assert memory.peak == sum(memory.held.values()) + max(sums)
+    assert sum(memory.stages[memory.largest].values()) == max(sums)
+    alone = needed(folder, beta=0, train_levels=["token"], batch=1)
+    assert alone.held["reference policy"] == 0 and "update, semantic level" not in alone.stages
+
+
+def test_what_saves_memory_is_in_the_plan(published):
+    size, folder = published
+    plain = needed(folder)
+
+    def activations(memory) -> int:
+        return sum(b for k, b in memory.stages["update, token level"].items() if "activations" in k)
+
+    saved = activations(needed(folder, gradient_checkpointing=True))
+    assert saved < activations(plain) / 8
+    assert activations(needed(folder, batch=4)) == activations(plain) / 2
+    offloaded = needed(folder, ref_offload=True).held["reference policy"]
+    assert offloaded < 0.35 * plain.held["reference policy"]
+    lora = needed(folder, use_peft=True)
+    assert lora.held["reference policy"] == 0
+    assert lora.held["optimizer's state"] == 2 * lora.held["adapter"] < 0.04 * plain.held["weights"]
+    # Published LoRA on the large one fits a small card; nothing else does.
+    options = {"gradient_checkpointing": True, "prompts_per_step": 1, "batch": 1}
+    if size == "7b":
+        assert needed(folder, use_peft=True, lora_merge="in_place", **options).peak < 24e9
+        assert needed(folder, **options).peak > 80e9
 
 
 def test_plan_prints_counts_and_memory_without_weights(published, capsys, tmp_path):
     size, folder = published
     runs = tmp_path / "runs"
     where = ["--model", str(folder), "--output_dir", str(runs)]
-    train.main(["--plan", *where, "--dtype", "bfloat16", "--device", "cpu"])
+    train.main(["--plan", *where, "--dtype", "bfloat16", "--device", "cuda:63"])
     text = capsys.readouterr().out
     assert {"1b": "1,652,656,128", "7b": "6,910,365,696"}[size] in text
-    for word in ("KV cache, 128 rows of 576", "reference copy", "Adam", "gradients", "on cpu"):
+    words = ("KV cache, 128 rows of 576", "reference policy", "optimizer's state", "gradients")
+    for word in (*words, "on cuda:63"):
         assert word in text
-    assert (
-        f"{plan.trunk_shape(read_config(folder)).kv_bytes(torch.bfloat16) / 1024:.1f} KiB (16-bit)"
-        in text
-    )
+    each = trunk_shape(read_config(folder)).kv_bytes(torch.bfloat16)
+    assert f"{each / 1024:.1f} KiB (16-bit)" in text
     assert not list(folder.glob("*.safetensors")) and not runs.exists()
 
 
@@ -142,29 +190,56 @@ def test_plan_counts_the_tower_that_is_in_the_files(tmp_path, capsys):
     assert f"stays on disk{tower:>32,}".split()[-1] in capsys.readouterr().out.replace("\n", " ")
 
 
+def test_plan_says_what_card_holds_a_run(published, capsys):
+    size, folder = published
+    flags = ["--plan", "--model", str(folder), "--device", "cuda:63", "--dtype", "bfloat16"]
+    flags += ["--prompts_per_step", "1", "--micro_batch_size", "1", "--gradient_checkpointing"]
+    train.main([*flags, "--use_peft", "--lora_merge", "in_place"])
+    assert "Cards that hold it: 24 GB, 40 GB, 80 GB, 141 GB." in capsys.readouterr().out
+    train.main([*flags, "--beta", "0"])
+    cards = {"1b": "40 GB, 80 GB, 141 GB", "7b": "141 GB"}[size]
+    assert f"Cards that hold it: {cards}." in capsys.readouterr().out
+
+
 def test_a_run_that_cannot_fit_is_refused_with_the_numbers(published, tmp_path, monkeypatch):
     _, folder = published
     arguments = ["--model", str(folder), "--output_dir", str(tmp_path / "runs"), "--device", "cpu"]
-    monkeypatch.setattr(plan, "device_memory", lambda device: (device, 24 * plan.GIB))
+    monkeypatch.setattr(fits, "device_memory", lambda device: (device, 12 * fits.GIB))
     with pytest.raises(UserError) as caught:
         train.main([*arguments, "--dtype", "bfloat16"])
     message = str(caught.value)
-    model = read_config(folder)
-    config = TrainConfig(model=str(folder))
-    needed = plan.memory_needed(model, plan.count_weights(model), config, torch.bfloat16, "cpu")
-    assert "\n" not in message and f"at least {needed.peak / plan.GIB:.1f} GiB" in message
-    assert "has 24.0" in message and "gradients" in message and "activations" in message
+    config = TrainConfig(model=str(folder), device="cpu")
+    least = fits.memory_of(config, torch.bfloat16, micro_batch_size=1, rollout_size=1)
+    assert "\n" not in message and f"needs {least.peak / fits.GIB:.1f} GiB" in message
+    assert "has 12.0" in message and "optimizer's state" in message and "--use_peft" in message
     assert not (tmp_path / "runs").exists()
     # With room enough it goes on, to the weights that are not there.
-    monkeypatch.setattr(plan, "device_memory", lambda device: (device, 10**15))
+    monkeypatch.setattr(fits, "device_memory", lambda device: (device, 10**15))
     with pytest.raises(UserError, match="no such file"):
         train.main(arguments)
 
 
+def test_micro_batch_is_the_largest_that_fits(published, monkeypatch):
+    _, folder = published
+    config = TrainConfig(model=str(folder), beta=0, device="cpu", gradient_checkpointing=True)
+    peaks = [
+        fits.memory_of(config, torch.bfloat16, micro_batch_size=n, rollout_size=1).peak / fits.SPARE
+        for n in range(1, 65)
+    ]
+    for room, expected in ((peaks[63] + 1, 64), (peaks[31] + 1, 32), (1, 1)):
+        monkeypatch.setattr(fits, "device_memory", lambda device, room=room: (device, room))
+        assert fits.fitting_micro_batch(config, torch.bfloat16) == expected
+    # 40 fit: two equal halves rather than 40 and 24.
+    monkeypatch.setattr(fits, "device_memory", lambda device: (device, peaks[39] + 1))
+    assert fits.fitting_micro_batch(config, torch.bfloat16) == 32
+    monkeypatch.setattr(fits, "device_memory", lambda device: (device, None))
+    assert fits.fitting_micro_batch(config, torch.bfloat16) == 64
+
+
 def test_device_memory():
-    name, size = plan.device_memory("cpu")
+    name, size = fits.device_memory("cpu")
     assert name == "cpu" and 2**28 < size < 2**50
-    name, size = plan.device_memory("cuda:63")
+    name, size = fits.device_memory("cuda:63")
     assert size is None and "lacks" in name
 
 
@@ -175,7 +250,7 @@ def test_kv_cache_and_chunk_are_what_is_allocated(pair, make_prompts, monkeypatc
 
     def counted(self, *args):
         allocate(self, *args)
-        made.append(self.suffix.nbytes)  # keys and values of all layers
+        made.append(sum(layer.nbytes for layer in self.suffix))  # keys and values
 
     monkeypatch.setattr(DecodeStep, "_allocate", counted)
     prompts = make_prompts(9) * 4  # they share their prefix: rows hold image tokens only
@@ -183,54 +258,54 @@ def test_kv_cache_and_chunk_are_what_is_allocated(pair, make_prompts, monkeypatc
     assert sum(made) == 2 * 4 * 16 * policy.shape.kv_bytes(torch.float32)
 
     config = TrainConfig(prompts_per_step=2, num_generations=2)
-    counts = plan.count_weights(policy.config)
-    memory = plan.memory_needed(policy.config, counts, config, torch.float32, "cpu")
-    assert sum(memory.rollout.values()) == sum(made)
+    counts, lengths = count_weights(policy.config, config), Lengths(9, 9, 40, 16)
+    memory = memory_needed(
+        policy.config, counts, lengths, config,
+        dtype=torch.float32, device="cpu", micro_batch_size=4, rollout_size=4,
+    )  # fmt: skip
+    assert memory.stages["image tokens"]["KV cache, 8 rows of 16 tokens"] == sum(made)
     weight = policy.lm_head.weight
     ids = torch.zeros(1, dtype=torch.int64)
     head = HeadInputs(weight[:1], weight, ids, None, None, None, 1.0, None)
-    rows = _chunk_rows(head, Needs(weight=True))
-    assert memory.update["logits chunk of the text head"] == rows * len(weight) * 4
+    rows = min(_chunk_rows(head, Needs(weight=True)), 4 * 40)
+    assert memory.stages["update, semantic level"]["head"] == (
+        rows * len(weight) * 4 + 4 * weight.numel()
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_activations_are_a_tight_lower_bound(dtype):
-    """What autograd really keeps for an image-level forward."""
+def test_activations_are_what_autograd_keeps(dtype):
+    """Of an image-level forward, all layers, without and with checkpointing."""
     policy = load_policy("tiny", dtype=dtype)
     owned = {p.untyped_storage().data_ptr() for p in policy.parameters()}
-    kept: dict[int, torch.Tensor] = {}
-
-    def keep(x: torch.Tensor) -> torch.Tensor:
-        if x.untyped_storage().data_ptr() not in owned:
-            kept[x.untyped_storage().data_ptr()] = x
-        return x
-
     prompts = [torch.tensor([0, 9 + i, 4]) for i in range(4)]
     image_ids = torch.randint(512, (4, policy.image_tokens))
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-        policy.completion_hidden(Sequences("token", prompts, image_ids))
-    measured = sum(x.untyped_storage().nbytes() for x in kept.values())
-    tokens = 4 * policy.image_tokens
-    assert 0.65 * measured < tokens * plan.activation_bytes(policy.config, dtype) < measured
+
+    def measured(checkpointing: bool) -> int:
+        kept: dict[int, torch.Tensor] = {}
+
+        def keep(x: torch.Tensor) -> torch.Tensor:
+            if x.untyped_storage().data_ptr() not in owned:
+                kept[x.untyped_storage().data_ptr()] = x
+            return x
+
+        policy.set_training(attn_implementation="sdpa", gradient_checkpointing=checkpointing)
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            policy.completion_hidden(Sequences("token", prompts, image_ids, share=False))
+        return sum(x.untyped_storage().nbytes() for x in kept.values())
+
+    tokens, layers = 4 * (policy.image_tokens + 2), policy.shape.layers
+    wide = wants_fp32(torch.empty(0, dtype=dtype))
+    layer = tokens * activation_bytes(policy.config, dtype, wide=wide)
+    assert 0.9 < layers * layer / measured(False) < 1.05
+    inputs = tokens * policy.shape.width * dtype.itemsize
+    assert 0.85 < ((layers - 1) * inputs + layer) / measured(True) < 1.1
 
 
 @pytest.mark.parametrize("names", [[], ["q_proj"], ["k_proj", "down_proj"]])
 def test_an_adapter_s_weights_are_counted_as_they_train(new_policy, names):
-    """And neither a reference nor gradients and moments of the rest are."""
     policy = new_policy(kv_heads=2)
     config = TrainConfig(use_peft=True, lora_r=4, lora_target_modules=names, beta=0.1)
-    counts = plan.count_weights(policy.config)
+    counts = count_weights(policy.config, config)
     attach_adapter(policy, r=4, alpha=8, targets=config.adapted_layers)
-    trained = sum(p.numel() for p in policy.trainable().values())
-    assert plan.adapter_weights(policy.config, config) == trained
-    memory = plan.memory_needed(policy.config, counts, config, torch.bfloat16, "cpu")
-    assert memory.held["gradients"] == 4 * trained and memory.held["reference copy"] == 0
-    assert memory.held["Adam's two moments"] == 8 * trained
-    copies = [
-        layer.nbytes
-        for part in policy.weights.layers()
-        for layer in (part.qkv.weight, part.out.weight, part.up.weight, part.down.weight)
-    ]
-    least = memory.rollout["merged weights"]  # of the layers adapted, in 2 bytes
-    assert least <= sum(copies) / 2
-    assert names or least == sum(copies) / 2
+    assert counts.adapters == sum(p.numel() for p in policy.trainable().values())
