@@ -38,6 +38,9 @@ setup(
     extras_require={
         "test": ["pytest", "peft>=0.21", "pyarrow", "rapidocr>=3.10", "onnxruntime"],
         "peft": ["peft>=0.21"],
+        "torchao": ["torchao>=0.17"],
+        "flash": ["flash-attn>=2.7"],
+        "xformers": ["xformers>=0.0.32"],
         "parquet": ["pyarrow"],
         "ocr": ["rapidocr>=3.10", "onnxruntime"],
         "bench": ["matplotlib", "liger-kernel>=0.8.5", "trl>=1.16", "cut-cross-entropy>=25.1"],

@@ -10,7 +10,7 @@ from types import ModuleType
 
 import torch
 
-from bench import kernels, machine, memory
+from bench import adamw, kernels, machine, memory
 from bench.gpu import check as gpu_check
 from bench.loss import suite as loss
 from bench.rewards import overlap
@@ -30,6 +30,7 @@ SUITES: dict[str, ModuleType] = {
     "overlap": overlap,
     "generate": generate,
     "memory": memory,
+    "adamw": adamw,
     "gpu_check": gpu_check,
 }
 

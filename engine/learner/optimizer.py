@@ -1,6 +1,7 @@
 """The optimizer of a run: AdamW that loses nothing in 16 bits, torch's own, or torchao's 8-bit one."""
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -131,7 +132,23 @@ def _eight_bits(values: list[torch.nn.Parameter], shared: dict[str, Any]) -> tor
             f'--optim adamw_8bit: needs pip install "t2i-engine[torchao]": {reason}'
         ) from error
     # Rounds bf16 weights stochastically: unbiased where ours is exact.
-    return AdamW8bit(values, **shared, bf16_stochastic_round=values[0].dtype == torch.bfloat16)
+    half = values[0].dtype == torch.bfloat16
+    optimizer = AdamW8bit(values, **shared, bf16_stochastic_round=half)
+    optimizer.fresh_state = partial(_first_state, optimizer)
+    return optimizer
+
+
+def _first_state(optimizer: torch.optim.Optimizer, parameter: torch.nn.Parameter) -> dict[str, Any]:
+    """A parameter's state as the optimizer itself makes it: by a step of size 0."""
+    rates = [group["lr"] for group in optimizer.param_groups]
+    parameter.grad = torch.zeros_like(parameter)
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+    optimizer.step()
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+    parameter.grad = None
+    return optimizer.state.pop(parameter)
 
 
 def _require_movable(

@@ -178,8 +178,16 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, names: Sequence[str]) ->
     for name, parameter in zip(names, _parameters(optimizer), strict=True):
         state = optimizer.state.get(parameter, {})
         flat[f"{name}.step"] = torch.zeros(())
-        flat |= {f"{name}.{key}": value for key, value in state.items()}
+        for key, value in state.items():
+            flat |= _parts(f"{name}.{key}", value)
     return flat
+
+
+def _parts(name: str, value: Tensor) -> dict[str, Tensor]:
+    """A tensor by its name; of one that is made of others (quantised, say) those."""
+    if not hasattr(value, "__tensor_flatten__"):
+        return {name: value}
+    return {f"{name}.{part}": getattr(value, part) for part in value.__tensor_flatten__()[0]}
 
 
 def load_optimizer_tensors(
@@ -203,7 +211,8 @@ def load_optimizer_tensors(
         step = tensors.get(f"{name}.step")
         states[parameter] = fresh(parameter) if step is not None and step != 0 else {}
         wanted = states[parameter] or {"step": torch.zeros(())}
-        expected |= {f"{name}.{key}": value for key, value in wanted.items()}
+        for key, value in wanted.items():
+            expected |= _parts(f"{name}.{key}", value)
     _check_names(expected, tensors, source)
     for key, like in expected.items():
         _check_like(key, tensors[key], like, source)
@@ -211,9 +220,14 @@ def load_optimizer_tensors(
     for name, parameter in zip(names, parameters, strict=True):
         # AdamW keeps the step on the CPU unless its kernel reads it on the device.
         step_device = parameter.device if any(on_device) else torch.device("cpu")
-        for key in states[parameter]:
+        for key, value in states[parameter].items():
             device = step_device if key == "step" else parameter.device
-            states[parameter][key] = tensors[f"{name}.{key}"].to(device, copy=True)
+            parts = _parts(f"{name}.{key}", value)
+            if f"{name}.{key}" in parts:
+                states[parameter][key] = tensors[f"{name}.{key}"].to(device, copy=True)
+            else:
+                for part, inner in parts.items():
+                    inner.copy_(tensors[part])
     optimizer.state.clear()
     optimizer.state.update({p: state for p, state in states.items() if state})
 

@@ -107,6 +107,26 @@ def test_state_goes_to_a_checkpoint_and_comes_back(state_dtype):
         load_optimizer_tensors(resumed, list(again), kept, source="c")
 
 
+def test_torchao_s_state_goes_to_a_checkpoint_and_comes_back():
+    """Quantised moments as their parts; the weights are not touched by the loading."""
+    pytest.importorskip("torchao")
+    named = {"w": torch.nn.Parameter(torch.randn(64, 128)), "b": torch.nn.Parameter(torch.ones(8))}
+    config = TrainConfig(optim="adamw_8bit", learning_rate=1e-3)
+    whole = build_optimizer(named, config)
+    steps(whole, named, 0, 2)
+    kept = {k: v.clone() for k, v in optimizer_tensors(whole, list(named)).items()}
+    assert kept["w.exp_avg.codes"].dtype == torch.uint8
+    again = {n: torch.nn.Parameter(p.detach().clone()) for n, p in named.items()}
+    resumed = build_optimizer(again, config)
+    load_optimizer_tensors(resumed, list(again), kept, source="c")
+    for o, n in ((whole, named), (resumed, again)):
+        steps(o, n, 2, 4)
+    assert all(a.equal(b) for a, b in zip(named.values(), again.values(), strict=True))
+    probe = Probe(list(named.values()), whole)
+    steps(whole, named, 4, 5)
+    assert probe.metrics()["update_cosine"] > 0.9
+
+
 def looked_at(optim: str, dtype: torch.dtype, lr: float, monkeypatch) -> dict[str, float]:
     monkeypatch.setattr("engine.learner.optimizer.LEAST_MOVABLE", 0)
     named = parameters(dtype)
