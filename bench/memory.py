@@ -68,7 +68,7 @@ class Contrast:
 
 def run(config: Config) -> dict[str, Any]:
     """Plan and measure every row."""
-    rows = []
+    rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as scratch:
         for size in config.sizes:
             folder = Path(scratch) / size

@@ -12,7 +12,7 @@ from engine.generate.pictures import Generation
 from engine.learner.levels import Experience, Level
 from engine.learner.objective import level_loss, reference_policy, score, token_weights
 from engine.learner.offload import LayerStream
-from engine.learner.optimizer import ExactAdamW, build_optimizer
+from engine.learner.optimizer import ExactAdamW, build_optimizer, set_rate
 from engine.learner.probe import Probe
 from engine.model.adapter import adapter_off
 from engine.model.attention import attention
@@ -137,8 +137,7 @@ class Learner:
         Raises: FloatingPointError where the gradient is not finite.
         """
         rate = self.learning_rate(step)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
+        set_rate(self.optimizer, rate)
         while True:
             totals = self._gradients(experience)
             if totals is None:
@@ -177,6 +176,8 @@ class Learner:
                     found["loss"] = found["loss"] / self.loss_scale
                     for name, value in found.items():
                         totals[name] = totals.get(name, 0) + value.detach()
+                    if self.policy.device.type == "cpu":
+                        give_back_memory()
             return totals
         except RuntimeError as error:
             if experience.micro_batch_size == 1 or not is_out_of_memory(error):

@@ -140,15 +140,27 @@ def _eight_bits(values: list[torch.nn.Parameter], shared: dict[str, Any]) -> tor
 
 def _first_state(optimizer: torch.optim.Optimizer, parameter: torch.nn.Parameter) -> dict[str, Any]:
     """A parameter's state as the optimizer itself makes it: by a step of size 0."""
-    rates = [group["lr"] for group in optimizer.param_groups]
+    rates = [float(group["lr"]) for group in optimizer.param_groups]
     parameter.grad = torch.zeros_like(parameter)
-    for group in optimizer.param_groups:
-        group["lr"] = 0.0
+    set_rate(optimizer, 0.0)
     optimizer.step()
     for group, rate in zip(optimizer.param_groups, rates, strict=True):
-        group["lr"] = rate
+        _set(group, rate)
     parameter.grad = None
     return optimizer.state.pop(parameter)
+
+
+def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """The learning rate of the next step."""
+    for group in optimizer.param_groups:
+        _set(group, rate)
+
+
+def _set(group: dict[str, Any], rate: float) -> None:
+    if isinstance(group["lr"], Tensor):  # torchao's compiled step reads it
+        group["lr"].fill_(rate)
+    else:
+        group["lr"] = rate
 
 
 def _require_movable(

@@ -18,7 +18,7 @@ from kernels import decode_attention, prefix_tiles, rms_norm, sample_step, swigl
 from kernels.cpu import build, launch
 from kernels.cpu.linear import PanelLinear
 from kernels.reference import attention as reference_attention
-from kernels.state import Draw, LayerCache, StepState
+from kernels.state import AdamW, Draw, LayerCache, StepState
 
 pytestmark = pytest.mark.usefixtures("c_ops")
 
@@ -46,6 +46,19 @@ def numbers(*shape: int, seed: int = 0) -> torch.Tensor:
 def test_registers_are_as_wide_as_asked(machine):
     panel = ctypes.c_int64.in_dll(launch.loaded(), "linear_panel").value
     assert panel == {"AVX2": 16, "SSE2": 8}.get(machine, panel)
+
+
+@pytest.mark.parametrize(
+    ("rows", "inputs", "outputs"), [(1, 1, 1), (7, 33, 31), (48, 64, 100), (9, 130, 257)]
+)
+def test_linear_reads_bf16_weights_as_they_are(machine, rows, inputs, outputs):
+    """The bits of the same weights in fp32: nothing but what is read differs."""
+    x, weight = numbers(rows, inputs), numbers(outputs, inputs, seed=1).bfloat16()
+    bias = numbers(outputs, seed=2).bfloat16()
+    found = [torch.full((rows, outputs), torch.nan) for _ in range(2)]
+    PanelLinear(weight, bias).into(found[0], x)
+    PanelLinear(weight.float(), bias.float()).into(found[1], x)
+    assert found[0].equal(found[1])
 
 
 @pytest.mark.parametrize("gelu", [False, True])
@@ -229,7 +242,9 @@ def test_arguments_are_laid_out_as_the_header_says(monkeypatch):
         error=index,
     )
     launch.launch_sample_step(x, None, None, Draw(), state)
-    assert passed == declared and len(declared) == 6
+    launch.launch_pack(x, x)
+    launch.launch_adamw(x, x, None, x, x, AdamW(step=1, lr=1.0), 1.0, 0)
+    assert passed == declared and len(declared) == 8
 
 
 # Recorded steps
