@@ -66,8 +66,10 @@ INLINE void tiles_of(const struct linear_arguments *a, int64_t panel, int64_t fi
                      const int bf16) {
     for (; first + TILE_ROWS <= end; first += TILE_ROWS) tile(a, panel, first, TILE_ROWS, bf16);
     switch (end - first) {
+#if TILE_ROWS > 6
         case 7: tile(a, panel, first, 7, bf16); break;
         case 6: tile(a, panel, first, 6, bf16); break;
+#endif
         case 5: tile(a, panel, first, 5, bf16); break;
         case 4: tile(a, panel, first, 4, bf16); break;
         case 3: tile(a, panel, first, 3, bf16); break;
