@@ -48,17 +48,13 @@ def test_registers_are_as_wide_as_asked(machine):
     assert panel == {"AVX2": 16, "SSE2": 8}.get(machine, panel)
 
 
-@pytest.mark.parametrize(
-    ("rows", "inputs", "outputs"), [(1, 1, 1), (7, 33, 31), (48, 64, 100), (9, 130, 257)]
-)
+@pytest.mark.parametrize(("rows", "inputs", "outputs"), [(1, 1, 1), (7, 33, 31), (48, 64, 257)])
 def test_linear_reads_bf16_weights_as_they_are(machine, rows, inputs, outputs):
-    """The bits of the same weights in fp32: nothing but what is read differs."""
     x, weight = numbers(rows, inputs), numbers(outputs, inputs, seed=1).bfloat16()
-    bias = numbers(outputs, seed=2).bfloat16()
     found = [torch.full((rows, outputs), torch.nan) for _ in range(2)]
-    PanelLinear(weight, bias).into(found[0], x)
-    PanelLinear(weight.float(), bias.float()).into(found[1], x)
-    assert found[0].equal(found[1])
+    PanelLinear(weight, None).into(found[0], x)
+    PanelLinear(weight.float(), None).into(found[1], x)
+    assert found[0].equal(found[1])  # nothing but what is read differs
 
 
 @pytest.mark.parametrize("gelu", [False, True])
