@@ -52,7 +52,8 @@ def _buffer(name: str, shape: torch.Size) -> Tensor:
     """
     kept = getattr(_buffers, name, None)
     if kept is None or kept.numel() < shape.numel():
-        kept = torch.empty(shape.numel())
+        with torch.inference_mode(False):  # else it could not be written outside of one
+            kept = torch.empty(shape.numel())
         setattr(_buffers, name, kept)
     return kept[: shape.numel()].view(shape)
 
