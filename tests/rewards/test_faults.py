@@ -67,7 +67,7 @@ class Fails(Redness):
 def state_of(trainer):
     learner = trainer.learner
     found = {f"policy/{k}": v.clone() for k, v in trainer.policy.state_dict().items()}
-    moments = optimizer_tensors(learner.optimizer, learner.names)
+    moments = optimizer_tensors(learner.optimizer, list(learner.parameters))
     return found | {f"optimizer/{k}": v.clone() for k, v in moments.items()}
 
 
