@@ -182,7 +182,6 @@ class Learner:
         except RuntimeError as error:
             if experience.micro_batch_size == 1 or not is_out_of_memory(error):
                 raise
-        self.optimizer.zero_grad(set_to_none=True)
         self.micro_batch_size = halved(experience.micro_batch_size, "images of an update")
         experience.cut(self.micro_batch_size)
         return None

@@ -9,7 +9,7 @@ import torch
 from transformers import JanusConfig
 
 from engine.memory.counts import count_weights
-from engine.memory.needs import Lengths, Memory, memory_needed
+from engine.memory.needs import Lengths, Memory, Run, memory_needed
 from engine.model.adapter import require_peft
 from engine.prompts.data import load_prompts, load_template
 from engine.settings.device import device_kind
@@ -55,37 +55,35 @@ def memory_of(
         micro_batch_size: of an update; None: the flag's, or where that is 0 as many as fit.
         rollout_size: samples decoded at a time; None: as many as fit.
     """
-    folder = folder_of(config.model)
-    model = read_config(folder)
-    device = device_kind(config.device).partition(":")[0]
-    if config.use_peft:
-        require_peft()  # before the process is looked at: it is a large import
-    return memory_needed(
-        model,
-        count_weights(model, config),
-        _lengths(config, model),
-        config,
-        dtype=dtype,
-        device=device,
-        micro_batch_size=(
-            micro_batch_size or config.micro_batch_size or fitting_micro_batch(config, dtype)
-        ),
-        rollout_size=rollout_size or _fitting_rollout(config, dtype),
-        process=_process_bytes() if device == "cpu" else CUDA_CONTEXT,
-    )
+    run = _run(config, dtype)
+    images = micro_batch_size or config.micro_batch_size or _fitting_micro_batch(run)
+    samples = rollout_size or _largest(config, lambda n: _needed(run, 1, n).peak)
+    return _needed(run, images, samples)
 
 
 def fitting_micro_batch(config: TrainConfig, dtype: torch.dtype) -> int:
     """Images of a forward and backward: as many as the device has memory for, at least one."""
-    return _largest(
-        config, lambda n: memory_of(config, dtype, micro_batch_size=n, rollout_size=1).peak
-    )
+    return _fitting_micro_batch(_run(config, dtype))
 
 
-def _fitting_rollout(config: TrainConfig, dtype: torch.dtype) -> int:
-    """Samples that decode together, by the same rule."""
-    return _largest(
-        config, lambda n: memory_of(config, dtype, micro_batch_size=1, rollout_size=n).peak
+def _fitting_micro_batch(run: Run) -> int:
+    return _largest(run.config, lambda n: _needed(run, n, 1).peak)
+
+
+def _run(config: TrainConfig, dtype: torch.dtype) -> Run:
+    if config.use_peft:
+        require_peft()  # before the process is looked at: it is a large import
+    model = read_config(folder_of(config.model))
+    device = device_kind(config.device).partition(":")[0]
+    return Run(model, count_weights(model, config), _lengths(config, model), config, dtype, device)
+
+
+def _needed(run: Run, micro_batch_size: int, rollout_size: int) -> Memory:
+    return memory_needed(
+        run,
+        micro_batch_size=micro_batch_size,
+        rollout_size=rollout_size,
+        process=_process_bytes() if run.device == "cpu" else CUDA_CONTEXT,
     )
 
 

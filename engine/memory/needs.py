@@ -11,6 +11,7 @@ import torch
 from transformers import JanusConfig
 
 from engine.memory.counts import Counts
+from engine.model.adapter import TARGETS
 from engine.model.image_modules import picture_side
 from engine.model.linear import wants_fp32
 from engine.model.policy import DECODED_PIXELS, trunk_shape
@@ -42,6 +43,41 @@ class Lengths:
 
 
 @dataclass(frozen=True, slots=True)
+class Run:
+    """What the memory of a training run follows from.
+
+    Attributes:
+        model, counts: of the policy; lengths: of the sequences; config: the flags.
+        dtype: of the weights.
+        device: "cpu" or "cuda".
+    """
+
+    model: JanusConfig
+    counts: Counts
+    lengths: Lengths
+    config: TrainConfig
+    dtype: torch.dtype
+    device: str
+
+    @property
+    def in_c(self) -> bool:
+        """Whether it decodes by the C ops, which lay weights out their own way."""
+        return self.device == "cpu" and self.dtype in C_WEIGHTS and library() is not None
+
+    @property
+    def wide(self) -> bool:
+        """Whether products of 16-bit tensors are made in fp32."""
+        return self.device == "cpu" and wants_fp32(torch.empty(0, dtype=self.dtype))
+
+    @property
+    def trained(self) -> tuple[int, int]:
+        """Weights that train, and the bytes of each; adapters are fp32."""
+        if self.counts.adapters:
+            return self.counts.adapters, FP32
+        return self.counts.language_model, self.dtype.itemsize
+
+
+@dataclass(frozen=True, slots=True)
 class Memory:
     """Bytes that a training run needs, by what they are for.
 
@@ -64,60 +100,48 @@ class Memory:
 
 
 def memory_needed(
-    model: JanusConfig,
-    counts: Counts,
-    lengths: Lengths,
-    config: TrainConfig,
-    *,
-    dtype: torch.dtype,
-    device: str,
-    micro_batch_size: int,
-    rollout_size: int,
-    process: int = 0,
+    run: Run, *, micro_batch_size: int, rollout_size: int, process: int = 0
 ) -> Memory:
-    """What `config` needs on a device ("cpu" or "cuda") with weights of `dtype`.
+    """What a run needs on its device.
 
     Args:
         micro_batch_size: images of a forward and backward, >= 1.
         rollout_size: samples decoded at a time, >= 1.
         process: bytes that Python and its libraries hold, where they share the device's memory.
     """
-    size = dtype.itemsize
-    trained = counts.adapters or counts.language_model
-    trained_size = FP32 if counts.adapters else size  # adapters are fp32
+    model, size = run.model, run.dtype.itemsize
+    trained, trained_size = run.trained
     held = {
         "Python and its libraries": process,
-        "weights": counts.policy * size,
-        "adapter": counts.adapters * FP32,
+        "weights": run.counts.policy * size,
+        "adapter": run.counts.adapters * FP32,
         "aligned image embeddings": model.vq_config.num_embeddings
         * model.text_config.hidden_size
         * size,
-        "reference policy": _reference(model, counts, config, size),
-        "optimizer's state": round(trained * _state_bytes(config, trained_size)),
+        "reference policy": _reference(run),
+        "optimizer's state": round(trained * _state_bytes(run.config, trained_size)),
     }
     stages = {
-        "plans": _rollout(model, counts, lengths, config, dtype, device, "semantic", rollout_size),
-        "image tokens": _rollout(
-            model, counts, lengths, config, dtype, device, "token", rollout_size
-        ),
-        "pictures": _pictures(model, config, dtype, device),
+        "plans": _rollout(run, "semantic", rollout_size),
+        "image tokens": _rollout(run, "token", rollout_size),
+        "pictures": _pictures(run),
     }
-    gradients = trained * trained_size
-    for level in config.train_levels:
+    for level in run.config.train_levels:
         stages[f"update, {level} level"] = {
-            "gradients": gradients,
-            **_update(model, counts, lengths, config, dtype, device, level, micro_batch_size),
+            "gradients": trained * trained_size,
+            **_update(run, level, micro_batch_size),
         }
     return Memory(held, stages)
 
 
-def _reference(model: JanusConfig, counts: Counts, config: TrainConfig, size: int) -> int:
+def _reference(run: Run) -> int:
     """Its copy's bytes; an adapter is switched off instead, and layers may wait on the host."""
-    if config.beta == 0 or counts.adapters:
+    counts, size = run.counts, run.dtype.itemsize
+    if run.config.beta == 0 or counts.adapters:
         return 0
-    if not config.ref_offload:
+    if not run.config.ref_offload:
         return counts.language_model * size
-    layers = model.text_config.num_hidden_layers
+    layers = run.model.text_config.num_hidden_layers
     return (counts.language_model - counts.trunk + 2 * counts.trunk // layers) * size
 
 
@@ -130,110 +154,104 @@ def _state_bytes(config: TrainConfig, size: int) -> float:
     return 2 * MOMENTS[config.optim_state_dtype] + (2 if size == 2 else 0)
 
 
-def _rollout(
-    model: JanusConfig,
-    counts: Counts,
-    lengths: Lengths,
-    config: TrainConfig,
-    dtype: torch.dtype,
-    device: str,
-    level: str,
-    together: int,
-) -> dict[str, int]:
+def _rollout(run: Run, level: str, together: int) -> dict[str, int]:
     """Caches of the rows that decode together, and what the weights are laid out in."""
-    in_c = device == "cpu" and dtype in C_WEIGHTS and library() is not None
-    computed = torch.float32 if in_c else dtype
-    vocab, width, size = model.text_config.vocab_size, model.text_config.hidden_size, dtype.itemsize
+    model, counts, lengths, config = run.model, run.counts, run.lengths, run.config
+    computed = torch.float32 if run.in_c else run.dtype
+    size, width, vocab = run.dtype.itemsize, model.text_config.hidden_size, _vocabulary(run, level)
     each = trunk_shape(model).kv_bytes(computed)
-    merged = counts.adapters and config.lora_merge == "copy" and not in_c
+    merged = counts.adapters and config.lora_merge == "copy" and not run.in_c
+    plans = config.prompts_per_step * config.num_generations
     if level == "semantic":
-        plans = config.prompts_per_step * config.num_generations
-        rows, steps, prefix = min(together, plans), lengths.plan, 0
+        rows, steps = min(together, plans), lengths.plan
         shared = config.prompts_per_step * lengths.first
     else:
-        rows = 2 * min(together, config.images_per_step)
-        steps, prefix = lengths.image, lengths.second
-        shared = (config.prompts_per_step * config.num_generations + 1) * prefix
-        vocab = model.vq_config.num_embeddings
+        rows, steps = 2 * min(together, config.images_per_step), lengths.image
+        shared = (plans + 1) * lengths.second
     return {
         f"KV cache, {rows} rows of {steps} tokens": rows * steps * each,
-        f"KV cache of prompts, {shared} tokens": shared * (each + (dtype != computed) * each // 2),
-        "weights laid out for decoding": (counts.trunk + vocab * width) * size if in_c else 0,
+        f"KV cache of prompts, {shared} tokens": shared
+        * (each + (run.dtype != computed) * each // 2),
+        "weights laid out for decoding": (counts.trunk + vocab * width) * size if run.in_c else 0,
         "merged weights": counts.trunk * size if merged else 0,
         "logits": rows * vocab * FP32,
     }
 
 
-def _pictures(
-    model: JanusConfig, config: TrainConfig, dtype: torch.dtype, device: str
-) -> dict[str, int]:
-    pixels = picture_side(model) ** 2
-    together = min(config.images_per_step, max(1, DECODED_PIXELS // pixels))
-    wide = device == "cpu" and wants_fp32(torch.empty(0, dtype=dtype))
-    size, vq = FP32 if wide else dtype.itemsize, model.vq_config
+def _vocabulary(run: Run, level: str) -> int:
+    """Classes that a level's head scores."""
+    if level == "semantic":
+        return run.model.text_config.vocab_size
+    return run.model.vq_config.num_embeddings
+
+
+def _pictures(run: Run) -> dict[str, int]:
+    pixels, images = picture_side(run.model) ** 2, run.config.images_per_step
+    together = min(images, max(1, DECODED_PIXELS // pixels))
+    size, vq = FP32 if run.wide else run.dtype.itemsize, run.model.vq_config
     widest = vq.base_channels * vq.channel_multiplier[0]
     return {
         f"image tokenizer, {together} pictures at once": round(
             together * pixels * widest * DECODER_VALUES * size
         ),
-        "pictures": config.images_per_step * pixels * 3 * (dtype.itemsize + FP32),
+        "pictures": images * pixels * 3 * (run.dtype.itemsize + FP32),
     }
 
 
-def _update(
-    model: JanusConfig,
-    counts: Counts,
-    lengths: Lengths,
-    config: TrainConfig,
-    dtype: torch.dtype,
-    device: str,
-    level: str,
-    micro_batch_size: int,
-) -> dict[str, int]:
+def _update(run: Run, level: str, micro_batch_size: int) -> dict[str, int]:
     """Activations of one micro-batch of one level, and the head's chunk of logits."""
-    batch, width = min(micro_batch_size, config.images_per_step), model.text_config.hidden_size
+    lengths, text, size = run.lengths, run.model.text_config, run.dtype.itemsize
+    batch, width = min(micro_batch_size, run.config.images_per_step), text.hidden_size
     if level == "semantic":
-        vocab, trains = model.text_config.vocab_size, not counts.adapters
+        trains = not run.counts.adapters  # the text head is one of the trained weights
         tokens, scored = batch * (lengths.first + lengths.plan), batch * lengths.plan
     else:
-        vocab, trains = model.vq_config.num_embeddings, False
-        branches = 2 if config.logprob_policy == "guided" else 1
+        trains = False
+        branches = 2 if run.config.logprob_policy == "guided" else 1
         tokens = batch * branches * (lengths.second + lengths.image)
         scored = batch * lengths.image
-    budget = max(CHUNK_BYTES[device], vocab * width if trains else 0)
+    vocab = _vocabulary(run, level)
+    budget = max(CHUNK_BYTES[run.device], vocab * width if trains else 0)
     rows = min(scored, max(16, budget // (FP32 * vocab) // 16 * 16))
     head = rows * vocab * FP32
     head += vocab * width * FP32 if trains else 0  # its gradient's sum
-    if device == "cpu" and dtype.itemsize < FP32:
+    if run.device == "cpu" and size < FP32:
         head += vocab * width * FP32  # its weight, as the product takes it
-    wide = device == "cpu" and wants_fp32(torch.empty(0, dtype=dtype))
-    layer = activation_bytes(model, dtype, wide=wide)
-    layers = model.text_config.num_hidden_layers
+    layer, layers = activation_bytes(run), text.num_hidden_layers
     kept = layers * layer
-    if config.gradient_checkpointing:
-        kept = (layers - 1) * width * dtype.itemsize + layer
-    inner = model.text_config.intermediate_size
+    if run.config.gradient_checkpointing:
+        kept = (layers - 1) * width * size + layer
+    backward = 3 * text.intermediate_size * (FP32 if run.wide else size)
     return {
         "head": head,
         f"activations of {tokens} tokens": tokens * kept,
-        "gradients of a layer's activations": tokens
-        * 3
-        * inner
-        * (FP32 if wide else dtype.itemsize),
+        "gradients of a layer's activations": tokens * backward,
     }
 
 
-def activation_bytes(model: JanusConfig, dtype: torch.dtype, *, wide: bool = False) -> int:
+def activation_bytes(run: Run) -> int:
     """What the backward pass of one layer keeps of a token.
 
-    The inputs of both norms and what they give, queries, keys, values, what attention makes of
-    them, once more by row for the product after it, and four vectors of the feed-forward's width.
-    Norms of 16-bit values keep their input in fp32 too; with `wide` attention keeps fp32 as well.
+    Inputs of both norms, in fp32; queries, keys, values and what attention makes of them, in fp32
+    where products are; three vectors of the feed-forward's width; and what linear layers multiply,
+    where a weight beside it trains.
     """
-    text, size = model.text_config, dtype.itemsize
-    width = text.num_attention_heads * head_dimension(model)
-    keys = text.num_key_value_heads * head_dimension(model)
-    attention = (2 * width + 2 * keys) * (FP32 if wide else size)
-    rest = (4 * text.hidden_size + 4 * text.intermediate_size + width) * size
-    norms = 0 if size >= FP32 else 2 * text.hidden_size * FP32
-    return attention + rest + norms + (text.hidden_size * size if size >= FP32 else 0)
+    text, size = run.model.text_config, run.dtype.itemsize
+    hidden, inner = text.hidden_size, text.intermediate_size
+    width = text.num_attention_heads * head_dimension(run.model)
+    keys = text.num_key_value_heads * head_dimension(run.model)
+    attention = (2 * width + 2 * keys) * (FP32 if run.wide else size)
+    shared = 2 * hidden * FP32 + attention + 3 * inner * size
+    if not run.config.use_peft:
+        # A norm that trains keeps what it scales, beside what it gives.
+        scaled = 2 * hidden if size < FP32 else hidden
+        return shared + (scaled + 2 * hidden + width + inner) * size
+    targets = set(run.config.adapted_layers or TARGETS)
+    rank = len(targets) * run.config.lora_r * FP32
+    # peft casts every layer's input for itself; of fp32 there is one for all that take it, and
+    # attention's is kept above.
+    before = {"q_proj", "k_proj", "v_proj"}, {"gate_proj", "up_proj"}
+    one = [len(group & targets) if size < FP32 else bool(group & targets) for group in before]
+    inputs = sum(one) * hidden + ("down_proj" in targets) * inner
+    inputs += width if size < FP32 and "o_proj" in targets else 0
+    return shared + rank + inputs * FP32

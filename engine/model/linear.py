@@ -65,7 +65,8 @@ def _widened(weight: Tensor) -> Tensor:
 class _WideLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x, weight)
+        # A frozen weight, as beside an adapter, has no gradient that would take x.
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
         wide = None if bias is None else bias.float()
         return F.linear(x.float(), _widened(weight), wide).to(x.dtype)
 
@@ -76,7 +77,8 @@ class _WideLinear(torch.autograd.Function):
         rows = grad.float().flatten(0, -2)
         found: list[Tensor | None] = [None, None, None]
         if ctx.needs_input_grad[0]:
-            found[0] = (rows @ _widened(weight)).to(x.dtype).view_as(x)
+            product = (rows @ _widened(weight)).to(grad.dtype)
+            found[0] = product.view(*grad.shape[:-1], weight.shape[1])
         if ctx.needs_input_grad[1]:
             product = _buffer("gradient", weight.shape)
             torch.mm(rows.T, x.flatten(0, -2).float(), out=product)

@@ -4,6 +4,7 @@ import ctypes
 import os
 import re
 import sys
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -12,6 +13,8 @@ import torch
 from engine.settings.errors import UserError
 
 HELP = "auto, cpu, cuda or cuda:N; auto: a GPU where there is one"
+LARGE_BLOCK = 4 << 20
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 _NAMES = re.compile(r"cpu|cuda(:\d+)?")
 
 
@@ -42,7 +45,15 @@ def enter_device(device: torch.device) -> None:
 
     CUDA's segments then grow in place: caches of a rollout and activations of an update take turns
     in the same memory, and neither finds it in pieces. PYTORCH_CUDA_ALLOC_CONF says otherwise.
+    On a CPU, blocks of LARGE_BLOCK bytes or more go back to the system as they are freed: glibc
+    comes to keep those below 32 MB, and an update of a large model ends with gigabytes of nothing
+    between what lives. MALLOC_MMAP_THRESHOLD_ says otherwise.
     """
+    if device.type == "cpu" and "MALLOC_MMAP_THRESHOLD_" not in os.environ:
+        mallopt = _c_library("mallopt")
+        if mallopt is not None:
+            mallopt(_M_MMAP_THRESHOLD, LARGE_BLOCK)
+            mallopt(_M_TRIM_THRESHOLD, 8 * LARGE_BLOCK)  # else set to 128 KB by the former
     if device.type == "cuda":
         if "PYTORCH_ALLOC_CONF" not in os.environ:
             os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
@@ -55,10 +66,14 @@ def give_back_memory() -> None:
     glibc keeps freed blocks below 32 MB, and with them whatever lies below the last one in use: the
     gigabytes of a rollout's weights would stay resident beside the update's activations.
     """
-    if sys.platform == "linux":
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's alone
-        if trim is not None:
-            trim(0)
+    trim = _c_library("malloc_trim")
+    if trim is not None:
+        trim(0)
+
+
+def _c_library(name: str) -> Callable[..., int] | None:
+    """A function of glibc; None where the C library is another."""
+    return getattr(ctypes.CDLL(None), name, None) if sys.platform == "linux" else None
 
 
 def free_memory(device: torch.device) -> int:

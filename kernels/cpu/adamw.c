@@ -3,9 +3,10 @@
    Built with -ffp-contract=off: every operation is rounded once. */
 
 #include "ops.h"
+#include "philox.h"
 #include "simd.h"
 
-#define BLOCK 512 /* elements: a multiple of 4 */
+#define BLOCK (4 * PHILOX_COUNTERS) /* elements, with a word of noise each */
 #define TAG 0x41644D57u
 
 OP(adamw)
@@ -14,33 +15,6 @@ INLINE float wide(uint16_t half) { return bits_to_float((int32_t)((uint32_t)half
 
 INLINE float number(const void *from, int64_t i, const int bf16) {
     return bf16 ? wide(((const uint16_t *)from)[i]) : ((const float *)from)[i];
-}
-
-/* The noise of elements first to first + count - 1, a word each. */
-static void draw(uint32_t *restrict words, const struct adamw_arguments *a, int64_t first) {
-    enum { LANES = BLOCK / 4 };
-    uint32_t c0[LANES], c1[LANES], c2[LANES], c3[LANES];
-    uint32_t k0 = (uint32_t)a->seed, k1 = (uint32_t)((uint64_t)a->seed >> 32);
-    for (int i = 0; i < LANES; i++) {
-        c0[i] = (uint32_t)(first / 4 + i);
-        c1[i] = (uint32_t)a->step;
-        c2[i] = (uint32_t)a->stream;
-        c3[i] = TAG;
-    }
-    for (int round = 0; round < 10; round++, k0 += 0x9E3779B9u, k1 += 0xBB67AE85u)
-        for (int i = 0; i < LANES; i++) {
-            uint64_t p0 = (uint64_t)c0[i] * 0xD2511F53u, p1 = (uint64_t)c2[i] * 0xCD9E8D57u;
-            c0[i] = (uint32_t)(p1 >> 32) ^ c1[i] ^ k0;
-            c2[i] = (uint32_t)(p0 >> 32) ^ c3[i] ^ k1;
-            c1[i] = (uint32_t)p1;
-            c3[i] = (uint32_t)p0;
-        }
-    for (int i = 0; i < LANES; i++) {
-        words[4 * i] = c0[i];
-        words[4 * i + 1] = c1[i];
-        words[4 * i + 2] = c2[i];
-        words[4 * i + 3] = c3[i];
-    }
 }
 
 /* Rounded up with the probability of what is cut off; what is not finite stays so. */
@@ -65,7 +39,9 @@ INLINE void block(const struct adamw_arguments *a, int64_t first, int64_t count,
     char *squares = (char *)a->exp_avg_sq + first * (moments16 ? 2 : 4);
     int16_t *lows = split ? a->low + first : NULL;
     uint32_t words[BLOCK];
-    if (moments16) draw(words, a, first);
+    if (moments16)
+        philox(words, BLOCK / 4, (uint64_t)a->seed, (uint32_t)(first / 4), (uint32_t)a->step,
+               (uint32_t)a->stream, TAG);
 #pragma omp simd
     for (int64_t i = 0; i < count; i++) {
         float grad = number(grads, i, grad16) * scale;

@@ -1,9 +1,10 @@
 /* Guided sampling and the end of a decode step.
 
-   Philox4x32-10 and the counter layout are those of kernels/philox.py. Guidance rounds as PyTorch's
+   The counters of the noise are laid out as in kernels/philox.py. Guidance rounds as PyTorch's
    does (one fused multiply-add), so that the draws are those of the PyTorch path. */
 
 #include "ops.h"
+#include "philox.h"
 #include "simd.h"
 
 #define BLOCK 64 /* vocabulary entries at a time: 16 Philox counters */
@@ -12,30 +13,9 @@ OP(sample_step)
 
 /* Gumbel noise of entries first to first + BLOCK - 1 of a row. */
 INLINE void gumbel(float *noise, uint64_t seed, uint64_t sample, uint32_t step, int64_t first) {
-    enum { LANES = BLOCK / 4 };
-    uint32_t c0[LANES], c1[LANES], c2[LANES], c3[LANES];
-    uint32_t k0 = (uint32_t)seed, k1 = (uint32_t)(seed >> 32);
-    for (int i = 0; i < LANES; i++) {
-        c0[i] = (uint32_t)(first / 4 + i);
-        c1[i] = step;
-        c2[i] = (uint32_t)sample;
-        c3[i] = (uint32_t)(sample >> 32);
-    }
-    for (int round = 0; round < 10; round++, k0 += 0x9E3779B9u, k1 += 0xBB67AE85u)
-        for (int i = 0; i < LANES; i++) {
-            uint64_t p0 = (uint64_t)c0[i] * 0xD2511F53u, p1 = (uint64_t)c2[i] * 0xCD9E8D57u;
-            c0[i] = (uint32_t)(p1 >> 32) ^ c1[i] ^ k0;
-            c2[i] = (uint32_t)(p0 >> 32) ^ c3[i] ^ k1;
-            c1[i] = (uint32_t)p1;
-            c3[i] = (uint32_t)p0;
-        }
     uint32_t words[BLOCK];
-    for (int i = 0; i < LANES; i++) {
-        words[4 * i] = c0[i];
-        words[4 * i + 1] = c1[i];
-        words[4 * i + 2] = c2[i];
-        words[4 * i + 3] = c3[i];
-    }
+    philox(words, BLOCK / 4, seed, (uint32_t)(first / 4), step, (uint32_t)sample,
+           (uint32_t)(sample >> 32));
     for (int i = 0; i < BLOCK; i++) {
         float uniform = ((float)(int32_t)(words[i] >> 9) + 0.5f) * 0x1p-23f;
         noise[i] = -log32(-log32(uniform));
