@@ -10,7 +10,7 @@ from types import ModuleType
 
 import torch
 
-from bench import adamw, kernels, machine, memory
+from bench import adamw, credit, kernels, machine, memory
 from bench.gpu import check as gpu_check
 from bench.loss import suite as loss
 from bench.rewards import overlap
@@ -31,6 +31,7 @@ SUITES: dict[str, ModuleType] = {
     "generate": generate,
     "memory": memory,
     "adamw": adamw,
+    "credit": credit,
     "gpu_check": gpu_check,
 }
 

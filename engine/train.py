@@ -8,7 +8,8 @@ The method is T2I-R1's (arXiv:2505.00703). Where the engine departs from it, and
   ratio moves. T2I-R1's ratio is exp(logp - logp.detach()), always 1.
 * The distribution that was sampled can be the one that is trained (--logprob_policy guided).
   T2I-R1 samples guided and trains the conditional one, which stays the default.
-* Text and image tokens share one mean (--loss_type token), as published.
+* Text and image tokens share one mean (--loss_type token), as published, but in the embedded world,
+  where each level has its own (--loss_type level, --level_weights): see docs/ablation.md.
 * The image level never runs the text head; aligner(codebook) is a table.
 * The detector's slips of the published code (see rewards/detection.py) are not repeated.
 """
@@ -28,8 +29,9 @@ import torch
 from engine.evaluate.judge import EVAL_SEED, evaluate, judge_scores
 from engine.experts import build_ensemble, open_pipeline, reward_device, reward_paths
 from engine.generate.pictures import Generation, Settings, generate
+from engine.learner.credit import credit, zero_std_groups
 from engine.learner.learner import Learner
-from engine.learner.objective import group_advantages, zero_std_groups
+from engine.learner.resample import resample
 from engine.learner.watch import NothingLearned
 from engine.memory import describe, require_memory
 from engine.model.adapter import adapter_dropout, attach_adapter, require_peft
@@ -117,7 +119,20 @@ class Trainer:
         with nvtx.annotate("reference"):
             experience = self.learner.experience(made)  # old and reference log-probs (B, T), (B, N)
         scores = handle.result()  # total (B,)
-        experience.credit(group_advantages(scores.total, config.group_size))  # (B,)
+        resampled = 0
+        if config.dynamic_sampling == "resample":
+            # Noise of its own for each attempt: no run has so many samples.
+            resampled = resample(
+                made,
+                scores,
+                batch,
+                draw=lambda asked, n: self._generate(asked, first_sample + n * (1 << 40)),
+                pipeline=pipeline,
+                group_size=config.group_size,
+            )
+            experience = self.learner.experience(made) if resampled else experience
+        earned = credit(scores, self.ensemble.weights, config)  # advantages (B,) of each level
+        self.learner.credit(experience, earned)
         scored = time.perf_counter()
         with nvtx.annotate("update"):
             for n in range(config.num_iterations):
@@ -133,6 +148,7 @@ class Trainer:
             "reward": scores.total.mean(),
             "reward_std": groups.std(1).mean(),
             "zero_std_groups": zero_std_groups(scores.total, config.group_size),
+            "resampled_groups": resampled,
             "completion_length": lengths.mean(),
             "images_per_s": len(batch) / (ended - started),
             "tokens_per_s": tokens / (rolled - started),
@@ -142,6 +158,8 @@ class Trainer:
             "seconds/train": ended - scored,
             "seconds/step": ended - started,
         }
+        for level, varied in earned.varied.items():
+            metrics[f"zero_std_groups/{level}"] = 1 - varied.float().mean()
         metrics |= {f"rewards/{name}": values.mean() for name, values in scores.by_expert.items()}
         metrics |= {f"rewards_skipped/{name}": count for name, count in scores.skipped.items()}
         judged = judge_scores(made.pixels, batch)
@@ -162,6 +180,7 @@ class Trainer:
             cfg_weight=self.cfg_weight,
             temperature=self.config.temperature,
             images_per_plan=images_per_plan,
+            with_plan=self.config.plans == "on",
         )
 
 
@@ -306,6 +325,13 @@ def _print_result(summary: dict[str, Any], report: Path) -> None:
         print(f"held-out score: {before['mean']:.3f} before, {after['mean']:.3f} after")
         for task, value in before["by_task"].items():
             print(f"  {task:10} {value['mean']:.3f} -> {after['by_task'][task]['mean']:.3f}")
+        narrowed = [held.get("diversity") for held in (before, after)]
+        if all(narrowed):
+            plans, pixels = (
+                " -> ".join(f"{held[name]:.3f}" for held in narrowed)
+                for name in ("distinct_plans", "pixel_distance")
+            )
+            print(f"  diversity  distinct plans {plans}, distance of pictures {pixels}")
     print(f"report: {report}")
 
 

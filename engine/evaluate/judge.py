@@ -5,12 +5,14 @@ learnt to please the experts rather than the prompt is found out. The command,
 python -m engine.evaluate, is in engine/evaluate/__main__.py.
 """
 
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from engine.generate.pictures import Settings, generate
 from engine.model.policy import Policy
@@ -24,6 +26,7 @@ from rewards import Ensemble, RewardPipeline
 
 EVAL_SEED = 0x5EED  # the same noise before and after training: differences are paired
 BATCH = 128
+THUMB = 32  # side of the pictures that are compared with each other
 PICTURES_PER_TASK = 6  # how many pictures of each task type are kept for the report
 
 
@@ -53,13 +56,14 @@ def evaluate(
         pictures: folder that gets the first pictures of each task type as PNG; None: none.
         progress: called with (pictures done, pictures in all) after each batch; may raise.
     Returns: summary {"mean", "by_task": {task: {"mean", "n"}}, "rewards": {expert: mean},
-        "reward", "scored_by"}, and one record a picture. `mean` is the judge's score averaged
+        "reward", "scored_by", "diversity"}, and one record a picture. `mean` is the judge's score averaged
         over task types; for pictures that are not the tiny world's, the ensemble's reward.
     """
     every = [row for row in rows for _ in range(generations)]
     records: list[dict[str, Any]] = []
     experts: dict[str, list[float]] = {}
     kept: dict[str, int] = {}
+    thumbs: list[torch.Tensor] = []
     for start in range(0, len(every), BATCH):
         part = every[start : start + BATCH]
         made = generate(
@@ -70,6 +74,7 @@ def evaluate(
             settings,
         )
         pixels = made.pixels.float()
+        thumbs.append(F.adaptive_avg_pool2d(pixels, THUMB).cpu())
         rewards = ensemble.score([row["prompt"] for row in part], pixels, part)
         for name, values in rewards.by_expert.items():
             experts.setdefault(name, []).extend(values.tolist())
@@ -107,4 +112,28 @@ def evaluate(
         "reward": sum(r["reward"] for r in records) / len(records),
         "rewards": {name: sum(v) / len(v) for name, v in experts.items()},
     }
+    if generations > 1:
+        summary["diversity"] = diversity(
+            [r["plan"] for r in records], torch.cat(thumbs), generations
+        )
     return summary, records
+
+
+def diversity(plans: list[str], pixels: torch.Tensor, generations: int) -> dict[str, float]:
+    """How much a prompt's samples differ: reinforcement narrows it.
+
+    Args:
+        plans: of the pictures (B, C, H, W); `generations` of a prompt are adjacent.
+    Returns: `distinct_plans`, their share; `pixel_distance`, the mean absolute difference of two
+        pictures of a prompt, which share neither plan nor noise. Means over the prompts.
+    """
+    groups = [plans[i : i + generations] for i in range(0, len(plans), generations)]
+    pictures = pixels.view(len(groups), generations, -1)
+    pairs = [
+        (pictures[:, i] - pictures[:, j]).abs().mean()
+        for i, j in itertools.combinations(range(min(generations, 8)), 2)
+    ]
+    return {
+        "distinct_plans": sum(len(set(g)) for g in groups) / len(plans),
+        "pixel_distance": float(torch.stack(pairs).mean()),
+    }

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from engine.model.policy import Policy
@@ -36,6 +37,28 @@ class Generation:
     stage2: list[Tensor]
     image: ImageRollout
     pixels: Tensor
+
+    def put(self, rows: Tensor, other: "Generation") -> None:
+        """Set the samples `rows` (b,) int64 to those of another generation of b, in its order."""
+        places = rows.tolist()
+        for i, place in enumerate(places):
+            self.plans[place], self.stage2[place] = other.plans[i], other.stage2[i]
+            if self.stage1:
+                self.stage1[place] = other.stage1[i]
+        width = max(self.text.ids.shape[1], other.text.ids.shape[1])
+        found = []
+        for name in ("ids", "mask", "logprobs"):
+            own, new = (
+                F.pad(t, (0, width - t.shape[1]))
+                for t in (getattr(self.text, name), getattr(other.text, name))
+            )
+            own = own.clone()
+            own[rows] = new
+            found.append(own)
+        self.text = TextRollout(*found)
+        for name in ("ids", "logprobs", "guided_logprobs"):
+            getattr(self.image, name)[rows] = getattr(other.image, name)
+        self.pixels[rows] = other.pixels
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

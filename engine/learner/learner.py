@@ -1,7 +1,7 @@
 """The part of the trainer that learns: policy, reference, optimizer, and their state on disk."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +9,19 @@ import torch
 from torch import Tensor
 
 from engine.generate.pictures import Generation
+from engine.learner.credit import Credit
 from engine.learner.levels import Experience, Level
-from engine.learner.objective import level_loss, reference_policy, score, token_weights
+from engine.learner.objective import (
+    guidance_moves,
+    level_loss,
+    reference_policy,
+    score,
+    token_importance,
+    token_weights,
+)
 from engine.learner.offload import LayerStream
 from engine.learner.optimizer import ExactAdamW, build_optimizer, set_rate
-from engine.learner.probe import Probe
+from engine.learner.probe import GradientShares, Probe
 from engine.model.adapter import adapter_off
 from engine.model.attention import attention
 from engine.model.policy import Policy
@@ -29,6 +37,8 @@ from engine.settings.device import give_back_memory
 from engine.settings.errors import UserError
 from engine.settings.out_of_memory import halved, is_out_of_memory
 from engine.settings.train import TrainConfig
+
+BETA_GAIN = 0.1  # of the proportional controller
 
 
 def levels(made: Generation, config: TrainConfig) -> list[Level]:
@@ -51,6 +61,13 @@ def levels(made: Generation, config: TrainConfig) -> list[Level]:
     if "token" in config.train_levels:
         image, conditional = made.image, config.logprob_policy == "conditional"
         sampled = image.logprobs if conditional else image.guided_logprobs
+        importance = None
+        if config.token_weighting == "guidance":
+            importance = guidance_moves(image.logprobs, image.guided_logprobs)
+        elif config.token_weighting == "entropy":
+            importance = -image.guided_logprobs
+        if importance is not None:
+            importance = token_importance(importance, config.token_weighting_top)
         found.append(
             Level(
                 "token",
@@ -60,6 +77,7 @@ def levels(made: Generation, config: TrainConfig) -> list[Level]:
                 longest=image.ids.shape[1],
                 sampled=sampled,
                 old=sampled,
+                importance=importance,
                 cfg_weight=None if conditional else config.cfg_weight,
                 detached=config.logprob_policy == "guided_detached",
                 share=config.share_prompts,
@@ -81,7 +99,7 @@ class Learner:
             attn_implementation=config.attn_implementation,
             gradient_checkpointing=config.gradient_checkpointing,
         )
-        self.reference = reference_policy(policy) if config.beta > 0 else None
+        self.reference = reference_policy(policy) if config.has_kl else None
         if config.ref_offload:
             if policy.device.type == "cpu":
                 raise UserError("--ref_offload: the reference policy is in host memory already")
@@ -91,6 +109,7 @@ class Learner:
         self.parameters = policy.trainable()
         self.optimizer = build_optimizer(self.parameters, config)
         self.micro_batch_size = config.micro_batch_size
+        self.beta = {level: config.at_level("beta", level) for level in config.train_levels}
         # Gradients of fp16 would underflow; halved whenever one overflows.
         self.loss_scale = 2.0**16 if policy.dtype == torch.float16 else 1.0
 
@@ -113,10 +132,9 @@ class Learner:
         config = self.config
         give_back_memory()
         experience = Experience(levels(made, config), self.micro_batch_size)
-        for level, weights in zip(
-            experience.levels, token_weights(experience.levels, config.loss_type), strict=True
-        ):
-            level.weights = weights
+        self._weigh(experience.levels)
+        for level in experience.levels:
+            level.beta = self.beta[level.name]
             if config.old_logprobs == "recompute":
                 level.old = torch.zeros_like(level.sampled)
             if self.reference is not None:
@@ -129,6 +147,20 @@ class Learner:
                     with adapter_off(self.reference):
                         rows.write(rows.level.ref, score(self.reference, rows, config.temperature))
         return experience
+
+    def credit(self, experience: Experience, earned: Credit) -> None:
+        """Give the samples their advantages; those that teach nothing may lose their weights."""
+        experience.credit(earned.advantages)
+        if self.config.dynamic_sampling == "skip":
+            for level in experience.levels:
+                level.kept = earned.varied[level.name]
+            self._weigh(experience.levels)
+
+    def _weigh(self, levels: list[Level]) -> None:
+        by_level = [self.config.at_level("weights", level.name) for level in levels]
+        weights = token_weights(levels, self.config.loss_type, by_level)
+        for level, each in zip(levels, weights, strict=True):
+            level.weights = each
 
     def update(self, step: int, experience: Experience) -> dict[str, Any]:
         """One optimizer step on the whole experience; its gradients are gone afterwards.
@@ -158,7 +190,21 @@ class Learner:
                     p.grad.mul_(clip)
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return {**totals, "grad_norm": norm, "lr": rate, **probe.metrics()}
+        steered = self._steer(totals)
+        return {**totals, **steered, "grad_norm": norm, "lr": rate, **probe.metrics()}
+
+    def _steer(self, totals: Mapping[str, Tensor]) -> dict[str, float]:
+        """Move each level's beta towards the KL that is asked for (arXiv:1909.08593, 2.2).
+
+        Returns: the betas of the next rollout, where they move.
+        """
+        target = self.config.kl_target
+        if target is None:
+            return {}
+        for level, beta in self.beta.items():
+            error = float(totals[f"kl/{level}"]) / target - 1
+            self.beta[level] = beta * (1 + BETA_GAIN * max(-0.2, min(0.2, error)))
+        return {f"beta/{level}": beta for level, beta in self.beta.items()}
 
     def _gradients(self, experience: Experience) -> dict[str, Tensor] | None:
         """Leave the whole experience's gradient in the parameters. Returns: the losses' totals.
@@ -167,18 +213,21 @@ class Learner:
         the micro-batches are smaller now.
         """
         totals: dict[str, Tensor] = {}
+        shares = GradientShares(list(self.parameters.values()))
         self.optimizer.zero_grad(set_to_none=True)
         try:
-            for part in experience.parts:
-                for rows in part:
-                    found = level_loss(self.policy, rows, self.config, self.loss_scale)
+            for i, level in enumerate(experience.levels):
+                for part in experience.parts:
+                    found = level_loss(self.policy, part[i], self.config, self.loss_scale)
                     found["loss"].backward()
                     found["loss"] = found["loss"] / self.loss_scale
                     for name, value in found.items():
-                        totals[name] = totals.get(name, 0) + value.detach()
+                        key = f"{name}/{level.name}"
+                        totals[key] = totals.get(key, 0) + value.detach()
                     if self.policy.device.type == "cpu":
                         give_back_memory()
-            return totals
+                shares.close(level.name)
+            return _metrics(totals, experience.levels) | shares.metrics()
         except RuntimeError as error:
             if experience.micro_batch_size == 1 or not is_out_of_memory(error):
                 raise
@@ -196,7 +245,11 @@ class Learner:
             self.config.run_dir,
             step,
             tensors=tensors,
-            state={"seed": self.config.seed, "loss_scale": self.loss_scale},
+            state={
+                "seed": self.config.seed,
+                "loss_scale": self.loss_scale,
+                "beta": self.beta,
+            },
         )
         prune(self.config.run_dir, self.config.save_total_limit)
 
@@ -208,7 +261,22 @@ class Learner:
         names = list(self.parameters)
         load_optimizer_tensors(self.optimizer, names, tensors["optimizer"], source=path)
         self.loss_scale = state.get("loss_scale", self.loss_scale)
+        self.beta |= state.get("beta", {})
         return state["step"]
+
+
+def _metrics(totals: dict[str, Tensor], levels: Sequence[Level]) -> dict[str, Tensor]:
+    """A step's metrics, of all tokens and by level, from what level_loss returned, added up."""
+    weights = {level.name: level.weights.sum() for level in levels if level.weights is not None}
+    found: dict[str, Tensor] = {}
+    for name in ("loss", "kl", "entropy", "clip_fraction", "policy_drift"):
+        parts = {level: totals[f"{name}/{level}"] for level in weights}
+        found[name] = torch.stack(list(parts.values())).sum()
+        if name != "loss":  # means under the weights, whatever these add up to
+            found[name] /= torch.stack(list(weights.values())).sum().clamp(min=1e-8)
+            for level, total in parts.items():
+                found[f"{name}/{level}"] = total / weights[level].clamp(min=1e-8)
+    return found
 
 
 def _norm(parameters: Iterable[torch.nn.Parameter]) -> Tensor:

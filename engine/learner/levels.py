@@ -1,5 +1,6 @@
 """The two chains of thought as two values of one type, and the rows of them that a forward takes."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -26,7 +27,10 @@ class Level:
         old: the same of the policy that the ratio compares with.
         ref: the same of the reference policy; None without KL.
         advantages: (B,) fp32; None until the rewards are there.
-        weights: (B, T) fp32, mask and normaliser in one; None until `weigh`.
+        weights: (B, T) fp32, mask and normaliser in one; None until they are known.
+        kept: (B,) bool, the samples that count; None: all.
+        importance: (B, T) fp32, what the tokens weigh beside each other; None: all the same.
+        beta: weight of the KL term; None: the settings'.
         cfg_weight: the guided distribution of this weight is trained; None: the conditional one.
         detached: its unconditional branch gets no gradient.
         share: see engine.model.sequences.
@@ -42,6 +46,9 @@ class Level:
     ref: Tensor | None = None
     advantages: Tensor | None = None
     weights: Tensor | None = None
+    kept: Tensor | None = None
+    importance: Tensor | None = None
+    beta: float | None = None
     cfg_weight: float | None = None
     detached: bool = False
     share: bool = True
@@ -130,7 +137,7 @@ class Experience:
             for start in range(0, count, size)
         ]
 
-    def credit(self, advantages: Tensor) -> None:
-        """Give every level the samples' advantages (B,)."""
+    def credit(self, advantages: Mapping[LevelName, Tensor]) -> None:
+        """Give every level its samples' advantages (B,)."""
         for level in self.levels:
-            level.advantages = advantages
+            level.advantages = advantages[level.name]

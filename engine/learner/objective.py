@@ -1,4 +1,4 @@
-"""BiCoT-GRPO: advantages, token weights and the clipped loss over both chains of thought."""
+"""BiCoT-GRPO: token weights and the clipped loss over both chains of thought."""
 
 import copy
 from collections.abc import Sequence
@@ -14,47 +14,65 @@ from engine.model.weight_source import OwnWeights
 from engine.settings.train import TrainConfig
 from kernels import linear_grpo_loss, linear_logprobs
 
-ADVANTAGE_EPS = 1e-4
 
+def token_weights(
+    levels: Sequence[Level], loss_type: str, level_weights: Sequence[float] = ()
+) -> list[Tensor]:
+    """Mask, importance and normaliser of every token.
 
-def group_advantages(rewards: Tensor, group_size: int) -> Tensor:
-    """(R - mean) / (std + 1e-4) over each prompt's group (GRPO, arXiv:2402.03300).
+    `token`: one mean over all trained tokens of the batch; `level`: a mean over each level's, added
+    up; `sequence`: a mean over each sample's trained tokens, then over samples; `dr_grpo`: the
+    longest possible sample as the constant divisor (arXiv:2503.20783).
 
-    Args:
-        rewards: (B,) with the samples of a prompt adjacent; B a multiple of group_size.
-    Returns: (B,) fp32. The standard deviation is the unbiased one, as in T2I-R1.
-    """
-    groups = rewards.float().view(-1, group_size)
-    centred = groups - groups.mean(1, keepdim=True)
-    return (centred / (groups.std(1, keepdim=True) + ADVANTAGE_EPS)).flatten()
-
-
-def zero_std_groups(rewards: Tensor, group_size: int) -> float:
-    """The share of the groups whose rewards (B,) are all the same, so that they teach nothing."""
-    groups = rewards.float().view(-1, group_size)
-    return float((groups == groups[:, :1]).all(1).float().mean())
-
-
-def token_weights(levels: Sequence[Level], loss_type: str) -> list[Tensor]:
-    """Mask and normaliser of every token, shared by the levels.
-
-    `token`: one mean over all trained tokens of the batch; `sequence`: a mean over each sample's
-    trained tokens, then over samples; `dr_grpo`: the longest possible sample as the constant
-    divisor (arXiv:2503.20783).
-
+    Args: level_weights: what each level's are multiplied by; none: 1.
     Returns: (B, T) fp32 of each level; 0 on what was not drawn.
     """
     masks = [level.mask.float() for level in levels]
-    batch = len(masks[0])
-    if loss_type == "token":
-        scale = 1 / sum((mask.sum() for mask in masks[1:]), masks[0].sum()).clamp(min=1)
-        return [mask * scale for mask in masks]
-    if loss_type == "sequence":
+    for mask, level in zip(masks, levels, strict=True):
+        if level.kept is not None:
+            mask *= level.kept[:, None]
+        if level.importance is not None:
+            total = mask.sum()
+            mask *= level.importance
+            mask *= total / mask.sum().clamp(min=1e-8)  # the level keeps its share of the loss
+    count = len(levels)
+    if loss_type == "level":
+        scales = [1 / mask.sum().clamp(min=1) for mask in masks]
+    elif loss_type == "token":
+        scales = [1 / sum((m.sum() for m in masks[1:]), masks[0].sum()).clamp(min=1)] * count
+    elif loss_type == "sequence":
         lengths = [mask.sum(1, keepdim=True) for mask in masks]
-        scale = 1 / (batch * sum(lengths[1:], lengths[0]).clamp(min=1))
-        return [mask * scale for mask in masks]
-    longest = sum(level.longest for level in levels)
-    return [mask / (batch * longest) for mask in masks]
+        total = sum(lengths[1:], lengths[0])
+        samples = (total > 0).sum().clamp(min=1)
+        scales = [1 / (samples * total.clamp(min=1))] * count
+    else:
+        longest = sum(level.longest for level in levels)
+        scales = [masks[0].new_tensor(1 / (len(masks[0]) * longest))] * count
+    by_level = level_weights or [1.0] * count
+    return [m * s * w for m, s, w in zip(masks, scales, by_level, strict=True)]
+
+
+def token_importance(values: Tensor, top: float) -> Tensor:
+    """What image tokens weigh beside each other, (B, N) fp32 from (B, N) values >= 0.
+
+    Args: top: 1: in proportion to the values; below: that share of each sample's tokens, those of
+        the largest values, weigh 1, the others nothing.
+    """
+    if top == 1:
+        return values.float()
+    count = max(1, round(top * values.shape[1]))
+    chosen = values.topk(count, dim=1).indices
+    return torch.zeros_like(values, dtype=torch.float32).scatter_(1, chosen, 1.0)
+
+
+def guidance_moves(logprobs: Tensor, guided: Tensor) -> Tensor:
+    """How far guidance moved each drawn token's distribution, >= 0, nats.
+
+    The estimate k3 (J. Schulman, 2020) of KL(guided || conditional) from the one token that was
+    drawn, under the guided distribution; both log-probs come with the rollout.
+    """
+    gap = (logprobs - guided).clamp(max=20)
+    return gap.exp() - gap - 1
 
 
 def reference_policy(policy: Policy) -> Policy:
@@ -125,10 +143,10 @@ def level_loss(
         ref_logprobs=None if level.ref is None else rows.tokens(level.ref),
         token_weights=weights * loss_scale,
         sequence_ids=rows.sample_of() if config.ratio_level == "sequence" else None,
-        clip_low=config.clip_low,
-        clip_high=config.clip_high,
+        clip_low=config.at_level("clip_low", level.name),
+        clip_high=config.at_level("clip_high", level.name),
         dual_clip=config.dual_clip,
-        beta=config.beta,
+        beta=config.at_level("beta", level.name) if level.beta is None else level.beta,
         temperature=config.temperature,
     )
     share = weights.sum()

@@ -1,4 +1,4 @@
-"""Whether an update did what was meant: a sample of the weights, before and after it."""
+"""What an update did, by a sample of the weights: whether what was meant, and whose doing it is."""
 
 from collections.abc import Sequence
 
@@ -68,3 +68,32 @@ class Probe:
         ]
         plain = [t.dequantize() if hasattr(t, "codes") else t for t in full]
         return [t.double() for t in sampled(plain)]
+
+
+class GradientShares:
+    """Which level how much of a step's gradient is of, by a sample of its entries.
+
+    The gradients of levels are added up one after the other; `close` is called after each.
+
+    Args: parameters: those that train.
+    """
+
+    def __init__(self, parameters: Sequence[torch.nn.Parameter]) -> None:
+        self._parameters = parameters
+        self._sum: Tensor | None = None
+        self._squares: dict[str, Tensor] = {}
+
+    def close(self, level: str) -> None:
+        """All of a level's gradient is there now."""
+        grads = [
+            p.grad if p.grad is not None else p.new_zeros(()).expand(p.shape)
+            for p in self._parameters
+        ]
+        found = torch.cat([g.double() for g in sampled(grads)])
+        own = found if self._sum is None else found - self._sum
+        self._sum, self._squares[level] = found, own.square().sum()
+
+    def metrics(self) -> dict[str, Tensor]:
+        """`gradient_share/LEVEL`: its squared norm over the sum of all levels'."""
+        total = sum(self._squares.values(), torch.zeros((), dtype=torch.float64))
+        return {f"gradient_share/{name}": s / total for name, s in self._squares.items()}

@@ -121,8 +121,8 @@ def memory_needed(
         "reference policy": _reference(run),
         "optimizer's state": round(trained * _state_bytes(run.config, trained_size)),
     }
-    stages = {
-        "plans": _rollout(run, "semantic", rollout_size),
+    stages = {"plans": _rollout(run, "semantic", rollout_size)} if run.config.plans == "on" else {}
+    stages |= {
         "image tokens": _rollout(run, "token", rollout_size),
         "pictures": _pictures(run),
     }
@@ -137,7 +137,7 @@ def memory_needed(
 def _reference(run: Run) -> int:
     """Its copy's bytes; an adapter is switched off instead, and layers may wait on the host."""
     counts, size = run.counts, run.dtype.itemsize
-    if run.config.beta == 0 or counts.adapters:
+    if not run.config.has_kl or counts.adapters:
         return 0
     if not run.config.ref_offload:
         return counts.language_model * size

@@ -11,6 +11,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from engine.report.curves import curves
 from engine.report.data import Eval, Run, load_run, pair_rows
 from engine.report.hacking import (
     RULE,
@@ -19,7 +20,7 @@ from engine.report.hacking import (
     expert_correlations,
     find_divergence,
 )
-from engine.report.page import Curve, card, chart, number, page, section, signed, span_bar, table
+from engine.report.page import card, number, page, section, signed, span_bar, table
 from engine.run.checkpoint import atomic_write_bytes
 from engine.run.inside import inside, inside_or_none
 from engine.settings.errors import UserError
@@ -54,6 +55,11 @@ def _headline(run: Run, found: list[tuple[int, int, str]]) -> str:
         if pair != (None, None):
             change = _difference(*pair)
             cards.append(card(label, _before_after(*pair), f"change {signed(change)}"))
+    narrowed = [(held or {}).get("diversity") or {} for held in (before, after)]
+    for label, key in (("Distinct plans", "distinct_plans"), ("Distance", "pixel_distance")):
+        if all(key in held for held in narrowed):
+            shown = _before_after(narrowed[0][key], narrowed[1][key])
+            cards.append(card(label, shown, "of a prompt's samples: diversity"))
     if run.metrics:
         change = change_over_run(run.values("reward"))
         rewards = [v for v in run.values("reward") if math.isfinite(v)]
@@ -145,37 +151,6 @@ def _hacking(run: Run) -> tuple[str, list[tuple[int, int, str]]]:
                 f"(correlation {experts[0][1]:.2f} over the steps). Watch it first.</p>"
             )
     return body, found
-
-
-def _curves(run: Run, found: list[tuple[int, int, str]]) -> str:
-    if not run.metrics:
-        return '<p class="muted">No steps were logged.</p>'
-    steps = run.steps
-
-    def single(title: str, *keys: str, note: str = "") -> str:
-        curves = [Curve(key.split("/")[-1].replace("_", " "), run.values(key)) for key in keys]
-        return chart(title, steps, curves, note=note)
-
-    both = [Curve("reward (paid)", run.values("reward")), Curve("judge", run.values("judge"))]
-    note = "Both on the training pictures of the step; faint: the steps, strong: rolling mean of 9."
-    note += " Shaded: reward rises while judge falls." if found else ""
-    bands = [(start, end) for start, end, _ in found]
-    first = chart("Reward and judge", steps, both, note=note, bands=bands, wide=True)
-    experts = [Curve(name, values) for name, values in run.experts.items()]
-    charts = [
-        chart("Reward of each expert", steps, experts),
-        single("Loss", "loss"),
-        single("KL to the reference", "kl", note="nats a token"),
-        single("Entropy", "entropy", note="nats a token; a collapse shows here"),
-        single("Clip fraction", "clip_fraction"),
-        single("Policy drift", "policy_drift", note="log-prob of rollout against training"),
-        single("Spread of rewards in a group", "reward_std", note="none left: nothing to learn"),
-        single("Plan length", "completion_length", note="tokens"),
-        single("Gradient norm", "grad_norm"),
-        single("Seconds a step", "seconds/rollout", "seconds/train", "seconds/rewards_exposed"),
-        single("Images a second", "images_per_s"),
-    ]
-    return f'{first}<div class="charts">{"".join(charts)}</div>'
 
 
 def _task_table(run: Run) -> str:
@@ -314,7 +289,7 @@ def write_report(run_dir: Path) -> Path:
         (
             _headline(run, found),
             section("Held-out judge score by task type", _task_table(run)),
-            section("Curves", _curves(run, found)),
+            section("Curves", curves(run, found)),
             section("Reward hacking", hacking),
             section("Before and after", _pairs(run)),
             section("Samples during training", _samples(run)),

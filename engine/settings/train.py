@@ -14,7 +14,15 @@ from engine.settings.options import check_fields, option
 from engine.settings.rewards import RewardConfig
 
 # Settings whose default, none until then, depends on the model: the embedded one's, T2I-R1's.
-BY_MODEL = {"max_steps": (80, 1600), "beta": (0.1, 0.01), "learning_rate": (4e-4, 1e-6)}
+BY_MODEL: dict[str, tuple[float | str, float | str]] = {
+    "max_steps": (80, 1600),
+    "beta": (0.1, 0.01),
+    "learning_rate": (4e-4, 1e-6),
+    "loss_type": ("level", "token"),
+}
+LEVELS = ("semantic", "token")
+# Of the embedded world, whose image level has a tenth of the plans' signal in its gradient.
+TINY_LEVEL_WEIGHTS = ["semantic=1", "token=0.1"]
 
 
 @dataclass(kw_only=True, slots=True)
@@ -40,10 +48,22 @@ class TrainConfig(RewardConfig):
     max_completion_length: int = option(40, "longest plan in tokens", at_least=1)
     temperature: float = option(1.0, "sampling temperature of plans and images", above=0)
     cfg_weight: float | None = option(None, "guidance weight; 1: no guidance; none: the checkpoint's own", at_least=0)
+    plans: Literal["on", "off"] = option("on", "off: from the bare prompt to the picture, in training and evaluation")
     reasoning_prompt_path: str | None = option(None, "file with the instruction to plan; {} is the prompt")
     train_levels: list[Literal["semantic", "token"]] = option(("semantic", "token"), "chains of thought that get a gradient", group="objective")
     logprob_policy: Literal["conditional", "guided", "guided_detached"] = option("conditional", "image log-prob that is trained")
-    loss_type: Literal["token", "sequence", "dr_grpo"] = option("token", "mean over tokens, per sequence, or Dr. GRPO's constant")
+    loss_type: Literal["token", "level", "sequence", "dr_grpo"] = option(None, "mean over all tokens, over each level's, per sequence, or Dr. GRPO's constant; none: level for tiny, else T2I-R1's token")
+    level_weights: list[str] = option((), "weight of a level's loss: semantic=1 token=0.1; none: 1, for tiny those")
+    level_beta: list[str] = option((), "beta of a level, where it is another: token=0.05")
+    level_clip_low: list[str] = option((), "clip_low of a level, where it is another")
+    level_clip_high: list[str] = option((), "clip_high of a level, where it is another")
+    advantages: Literal["group", "nested"] = option("group", "a prompt's samples are compared with each other; nested: its plans by their pictures' means, and a plan's pictures with each other")
+    advantage_scale: Literal["std", "none", "pooled", "expert"] = option("std", "advantages are divided by the group's standard deviation, nothing, the batch's, or each expert's before their sum (GDPO)")
+    advantage_baseline: Literal["mean", "leave_one_out"] = option("mean", "what a reward is compared with: its group's mean, or the others' (RLOO)")
+    dynamic_sampling: Literal["off", "skip", "resample"] = option("off", "groups whose rewards are all the same: skip: they leave the loss, its normaliser and its KL; resample: they are drawn again, up to twice (DAPO)")
+    token_weighting: Literal["none", "guidance", "entropy"] = option("none", "image tokens weigh by how far guidance moved them, or by their surprisal, which entropy is the mean of")
+    token_weighting_top: float = option(1.0, "below 1: that share of a picture's tokens alone, by token_weighting, equally", above=0, at_most=1)
+    kl_target: float | None = option(None, "nats a token that each level's KL is steered to by its beta; none: beta stays", above=0)
     ratio_level: Literal["token", "sequence"] = option("token", "importance ratio of a token, or of a sequence (GSPO)")
     beta: float = option(None, "weight of the KL term; none: 0.1 for tiny, else T2I-R1's 0.01", at_least=0)
     clip_low: float = option(0.2, "ratios are clipped below 1 - clip_low", at_least=0, at_most=1, aliases=["epsilon"])
@@ -88,20 +108,64 @@ class TrainConfig(RewardConfig):
             if getattr(self, name) is None:
                 setattr(self, name, tiny if self.model == "tiny" else published)
         check_fields(self)
+        if self.plans == "off":
+            # A plan that is not drawn cannot train.
+            self.train_levels = [name for name in self.train_levels if name != "semantic"]
+        self._check_levels()
         if self.group_size < 2:
             raise UserError(
                 "num_generations * images_per_plan must be >= 2 (a group needs something to "
                 f"compare), got {self.num_generations} * {self.images_per_plan}"
             )
         self.check_rewards()
-        levels = self.train_levels
-        if not levels or len(set(levels)) < len(levels):
-            raise UserError(f"train_levels must name at least one, each once, got {levels}")
         if self.warmup_steps > self.max_steps:
             raise UserError(f"warmup_steps must be <= max_steps, got {self.warmup_steps}")
         check_device("device", self.device)
         if self.run_name in (".", "..") or re.search(r"[/\\\0]", self.run_name):
             raise UserError(f"run_name must be a plain folder name, got {self.run_name!r}")
+
+    def _check_levels(self) -> None:
+        levels = self.train_levels
+        if not levels or len(set(levels)) < len(levels):
+            without = " that --plans off leaves" if self.plans == "off" else ""
+            raise UserError(
+                f"train_levels must name at least one{without}, each once, got {levels}"
+            )
+        if not self.level_weights and self.model == "tiny" and self.loss_type == "level":
+            self.level_weights = list(TINY_LEVEL_WEIGHTS)
+        for name in ("level_weights", "level_beta", "level_clip_low", "level_clip_high"):
+            _by_level(name, getattr(self, name))
+        if not any(self.at_level("weights", level) for level in levels):
+            raise UserError(
+                f"level_weights: no level that trains has any, got {self.level_weights}"
+            )
+        if self.advantages == "nested" and self.plans == "off":
+            raise UserError("--advantages nested: compares plans, which --plans off does without")
+        if self.advantages == "nested" and "token" in levels and self.images_per_plan < 2:
+            raise UserError(
+                "--advantages nested: compares a plan's pictures with each other; wanted "
+                f"images_per_plan >= 2, got {self.images_per_plan}"
+            )
+        if self.advantages == "nested" and "semantic" in levels and self.num_generations < 2:
+            raise UserError(
+                "--advantages nested: compares a prompt's plans with each other; wanted "
+                f"num_generations >= 2, got {self.num_generations}"
+            )
+        if self.token_weighting_top < 1 and self.token_weighting == "none":
+            raise UserError("--token_weighting_top: wanted --token_weighting guidance or entropy")
+        if self.kl_target is not None and not self.has_kl:
+            raise UserError("--kl_target: steers beta, which must not start at 0")
+
+    def at_level(self, setting: str, level: str) -> float:
+        """A setting at a level: "weights" (1 where none is given), "beta", "clip_low", "clip_high"."""
+        name = f"level_{setting}"
+        given = _by_level(name, getattr(self, name))
+        return given[level] if level in given else float(getattr(self, setting, 1.0))
+
+    @property
+    def has_kl(self) -> bool:
+        """Whether a level that trains has a KL term, and so a reference policy."""
+        return any(self.at_level("beta", level) > 0 for level in self.train_levels)
 
     @property
     def adapted_layers(self) -> list[str]:
@@ -129,3 +193,21 @@ class TrainConfig(RewardConfig):
         """Evaluation prompts: as asked, or the held-out split where there is one."""
         own = "tiny:heldout" if self.dataset_name == "tiny" else self.dataset_name
         return self.eval_dataset_name or own
+
+
+def _by_level(name: str, pairs: list[str]) -> dict[str, float]:
+    """`semantic=1 token=0.1` as numbers. Raises: UserError naming the setting."""
+    found: dict[str, float] = {}
+    for pair in (p for word in pairs for p in word.split(",")):
+        level, _, text = pair.partition("=")
+        try:
+            value = float(text)
+        except ValueError:
+            value = -1.0
+        if level not in LEVELS or level in found or not 0 <= value < float("inf"):
+            raise UserError(
+                f"{name}: expected {' or '.join(LEVELS)}, each once, and a number >= 0, as in "
+                f"token=0.1, got {pair!r}"
+            )
+        found[level] = value
+    return found

@@ -1,4 +1,4 @@
-"""Supervised pretraining of the tiny policy: prompt -> plan text -> image tokens.
+"""Supervised pretraining of the tiny policy: prompt -> plan text -> image tokens, and without plan.
 
 The captions are those of a careless annotator: in the last part of the training, plans misname
 what the prompt asks for and pictures differ from their plans, as in data gathered from the web.
@@ -26,6 +26,7 @@ from engine.tiny.vq import encode
 from engine.tiny.world import Scene, corrupt, plan_text, render
 
 UNCONDITIONAL_SHARE = 0.1  # image examples whose prompt is dropped, for guidance
+BARE_SHARE = 0.3  # of the others, those without a plan: Janus-Pro draws from either
 RIDDLE_FACTOR = 3.0  # riddles are noted down even more carelessly
 # Riddles count twice: no other task type shows a single object in the middle.
 TASKS_DRAWN = (*TASK_TYPES, "riddle")
@@ -97,7 +98,8 @@ def image_loss(
     """Mean cross-entropy of the image tokens, nats; some prompts are dropped for guidance."""
     prompts = []
     for example in batch:
-        prompt = conversation.stage2(example.prompt, example.plan)
+        plan = None if rng.random() < BARE_SHARE else example.plan
+        prompt = conversation.stage2(example.prompt, plan)
         dropped = rng.random() < UNCONDITIONAL_SHARE
         prompts.append(policy.unconditional(prompt) if dropped else prompt)
     image_ids = torch.from_numpy(np.stack([e.image_ids for e in batch])).long()

@@ -82,6 +82,18 @@ def plan_text(scene: Scene) -> str:
     return ", ".join(f"{o.size} {o.texture} {o.color} {o.shape} {o.position}" for o in scene)
 
 
+def read_plan(text: str) -> Scene | None:
+    """The scene that `plan_text` wrote down; None where the text is not of its form."""
+    found = []
+    for clause in text.split(", "):
+        size, texture, color, shape, position = [*clause.split(" ", 4), "", "", "", ""][:5]
+        words = ((size, SIZES), (texture, TEXTURES), (color, COLORS), (shape, SHAPES))
+        if position not in POSITIONS or any(word not in known for word, known in words):
+            return None
+        found.append(Obj(shape, color, texture, size, position))
+    return tuple(found)
+
+
 def random_object(rng: random.Random, *, allow_held_out: bool, **fixed: str) -> Obj:
     """An object with the given words fixed and the others drawn (plain and large preferred).
 

@@ -1,4 +1,4 @@
-"""The bench command's JSON, its checks, and the ablation's table."""
+"""The bench command's JSON and its checks."""
 
 import json
 import subprocess
@@ -7,7 +7,6 @@ import sys
 import pytest
 import torch
 
-from bench import ablation
 from bench.__main__ import main, table
 from bench.rollout import suite as rollout
 from bench.rollout.eager_loop import EagerLoop
@@ -73,46 +72,3 @@ def test_eager_loop_samples_every_image_once(policy, loop):
     ids = loop.sample(prompts, chunk_rows=4)
     assert ids.shape == (3, policy.image_tokens)
     assert 0 <= ids.min() and ids.max() < policy.config.vq_config.num_embeddings
-
-
-def summary(before, after, riddle):
-    held = {
-        when: {"mean": mean, "by_task": {"color": {"mean": mean, "n": 4}, "riddle": r}}
-        for when, mean, r in (
-            ("before", before, {"mean": 0.2, "n": 4}),
-            ("after", after, {"mean": 0.2 + riddle, "n": 4}),
-        )
-    }
-    return {"eval": held, "seconds": 120.0}
-
-
-def write_runs(root, gains):
-    for level, (overall, riddle) in gains.items():
-        for seed in (0, 1):
-            folder = root / ablation.run_name(level, seed)
-            folder.mkdir(parents=True)
-            held = summary(0.4, 0.4 + overall + 0.02 * seed, riddle)
-            (folder / "summary.json").write_text(json.dumps(held))
-
-
-def test_ablation_table_from_finished_runs(tmp_path):
-    gains = {"semantic": (0.10, 0.3), "token": (0.05, 0.1), "both": (0.20, 0.2)}
-    write_runs(tmp_path / "runs", gains)
-    out = tmp_path / "docs" / "ablation.md"
-    flags = ["--seeds", "0", "1", "--output_dir", str(tmp_path / "runs"), "--out", str(out)]
-    ablation.main(flags)
-    page = out.read_text()
-    row = next(line for line in page.splitlines() if line.startswith("| both | 0.4"))
-    assert row == (
-        "| both | 0.400 | 0.610 | +0.210 (+0.200, +0.220) | +0.200 (+0.200, +0.200) | 2.0 |"
-    )
-    assert "by mean gain: both, semantic, token; both gains more than semantic on 2 of 2" in page
-    assert "On `riddle` prompts, by mean gain: semantic, both, token" in page
-
-
-def test_ablation_names_a_summary_without_evaluation(tmp_path):
-    gains = {"semantic": (0.1, 0.1), "token": (0.1, 0.1), "both": (0.1, 0.1)}
-    write_runs(tmp_path, gains)
-    (tmp_path / "token-1" / "summary.json").write_text('{"eval": {}}')
-    with pytest.raises(UserError, match=r"token-1/summary\.json: wanted a run's summary"):
-        ablation.main(["--seeds", "0", "1", "--output_dir", str(tmp_path), "--out", "unused.md"])

@@ -10,8 +10,6 @@ import time
 import pytest
 import torch
 
-from engine.learner.learner import levels
-from engine.learner.objective import group_advantages, token_weights
 from engine.policy import load_policy
 from engine.run.checkpoint import latest_checkpoint, load_checkpoint
 from engine.settings.errors import UserError, run_command
@@ -224,10 +222,7 @@ def test_micro_batches_change_nothing_but_rounding(tmp_path):
         trainer = Trainer(config, [{"prompt": "a red circle", "nouns": ["circle"]}], [])
         with RewardPipeline(trainer.ensemble, "cpu") as pipeline:
             found, made, scores = trainer.step(1, pipeline)
-        advantages = group_advantages(scores.total, 4)
-        weights = token_weights(levels(made, config), config.loss_type)
-        assert abs(float(weights[0].sum() + weights[1].sum()) - 1) < 1e-5
-        assert len(advantages) == 8
+        assert len(scores.total) == len(made.plans) == 8
         results.append(found)
     for name in ("loss", "kl", "entropy", "grad_norm"):
         assert float(results[0][name]) == pytest.approx(float(results[1][name]), rel=1e-3, abs=1e-5)

@@ -9,7 +9,8 @@ import torch
 
 import engine.learner.learner
 import engine.rollout.decoder
-from engine.learner.objective import reference_policy, score, zero_std_groups
+from engine.learner.credit import zero_std_groups
+from engine.learner.objective import reference_policy, score
 from engine.learner.offload import LayerStream
 from engine.model.adapter import MergedWeights, attach_adapter
 from engine.policy import load_policy

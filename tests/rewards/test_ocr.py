@@ -11,7 +11,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from engine.experts import build_ensemble
-from engine.learner.objective import group_advantages
+from engine.learner.credit import scaled
 from engine.settings.errors import UserError
 from rewards import Ensemble, RewardPipeline
 from rewards.ocr import OCR, fewest_edits, fold, quoted_texts, text_score, texts_of
@@ -226,7 +226,7 @@ def test_a_prompt_without_text_is_not_read_and_moves_no_advantage(expert, monkey
     alone = Ensemble([Other()]).score(*batch).total
     both = Ensemble([Other(), expert]).score(*batch).total
     assert torch.equal(both, alone / 2)
-    advantages = [group_advantages(total, 4) for total in (alone, both)]
+    advantages = [scaled(total.view(-1, 4)) for total in (alone, both)]
     torch.testing.assert_close(*advantages, rtol=1e-3, atol=1e-3)
 
 

@@ -21,7 +21,12 @@ BOTH = ["semantic", "token"]
 
 
 def make_config(**overrides) -> TrainConfig:
-    return TrainConfig(**({"cfg_weight": CFG, "max_completion_length": 6, "beta": 0.0} | overrides))
+    return TrainConfig(
+        **(
+            {"cfg_weight": CFG, "max_completion_length": 6, "beta": 0.0, "loss_type": "token"}
+            | overrides
+        )
+    )
 
 
 @pytest.fixture
@@ -41,7 +46,7 @@ def experience(new_policy, make_prompts):
         Level("token", stage2, images.ids, whole, 16, *pairs[1]),
     ]
     experience = Experience(levels)
-    experience.credit(torch.tensor([1.2, -0.7, 0.4, -1.5]))
+    experience.credit(dict.fromkeys(BOTH, torch.tensor([1.2, -0.7, 0.4, -1.5])))
     return experience
 
 

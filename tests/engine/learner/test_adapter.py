@@ -10,7 +10,7 @@ from engine.model.adapter import attach_adapter
 from engine.policy import load_policy
 from engine.rollout import sample_images, sample_text
 from tests.engine.adapters import fill, with_adapter
-from tests.engine.learner.conftest import CFG, make_config, scores
+from tests.engine.learner.conftest import BOTH, CFG, make_config, scores
 
 
 @pytest.fixture
@@ -56,7 +56,7 @@ def test_kl_is_0_at_the_first_step_and_grows(new_policy, made):
     found = []
     for step in (1, 2):
         experience = learner.experience(made(policy))
-        experience.credit(torch.tensor([1.2, -0.7, 0.4, -1.5]))
+        experience.credit(dict.fromkeys(BOTH, torch.tensor([1.2, -0.7, 0.4, -1.5])))
         found.append(float(learner.update(step, experience)["kl"]))
     assert abs(found[0]) < 1e-6 and found[1] > 1e-4
 
@@ -86,7 +86,7 @@ def test_an_adapter_of_a_16_bit_model_trains_in_fp32(made):
     before = {n: p.detach().clone() for n, p in policy.trainable().items()}
     learner = Learner(policy, make_config(beta=0.1, learning_rate=1e-6))
     experience = learner.experience(made(policy))
-    experience.credit(torch.tensor([1.2, -0.7, 0.4, -1.5]))
+    experience.credit(dict.fromkeys(BOTH, torch.tensor([1.2, -0.7, 0.4, -1.5])))
     learner.update(1, experience)
     for name, parameter in policy.named_parameters():
         if name in frozen:

@@ -1,36 +1,18 @@
 """Advantages, token weights and the two-level loss against plain numpy and fp64."""
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from engine.learner.levels import Experience, Level
-from engine.learner.objective import (
-    group_advantages,
-    token_weights,
-)
+from engine.learner.objective import guidance_moves, token_importance, token_weights
 from engine.model.policy import Policy
 from engine.model.sequences import Sequences
 from engine.rollout import sample_images
 from engine.settings.train import TrainConfig
 from tests.engine.learner.conftest import BOTH, CFG, changed, make_config, run, scores, shifted
 
-# Advantages and weights
-
-
-def test_group_advantages_equal_numpy():
-    rewards = np.random.default_rng(0).normal(size=24).astype(np.float32)
-    expected = [(r - g.mean()) / (g.std(ddof=1) + 1e-4) for g in rewards.reshape(4, 6) for r in g]
-    got = group_advantages(torch.from_numpy(rewards), 6)
-    np.testing.assert_allclose(got.numpy(), expected, rtol=1e-4, atol=1e-5)
-    assert got.dtype == torch.float32
-
-
-def test_equal_rewards_have_no_advantage():
-    rewards = torch.tensor([0.5] * 4 + [1.0, 0.0, 1.0, 0.0])
-    advantages = group_advantages(rewards, 4)
-    assert (advantages[:4] == 0).all() and (advantages[4:].abs() > 0.8).all()
+# Weights
 
 
 @pytest.mark.parametrize("levels", [BOTH, ["semantic"], ["token"]])
@@ -60,6 +42,64 @@ def test_token_weights(loss_type, levels):
     for sample in range(3):  # equal within a sample, across both levels
         values = torch.cat((text[sample], image[sample])).unique()
         assert len(values[values > 0]) == 1
+
+
+def drawn_levels() -> list[Level]:
+    mask = torch.arange(6) < torch.tensor([[6], [2], [3]])
+    whole = torch.ones(3, 10, dtype=torch.bool)
+    return [
+        Level("semantic", [], mask.long(), mask, 6, mask.float(), mask.float()),
+        Level("token", [], whole.long(), whole, 10, whole.float(), whole.float()),
+    ]
+
+
+def test_a_level_s_mean_is_its_own_times_its_weight():
+    text, image = token_weights(drawn_levels(), "level", [1.0, 0.1])
+    assert text.sum().item() == pytest.approx(1) and image.sum().item() == pytest.approx(0.1)
+    assert len(text[text > 0].unique()) == len(image.unique()) == 1
+
+
+@pytest.mark.parametrize("loss_type", ["token", "level", "sequence", "dr_grpo"])
+def test_samples_left_out_leave_the_normaliser(loss_type):
+    whole, found = token_weights(drawn_levels(), loss_type), drawn_levels()
+    for level in found:
+        level.kept = torch.tensor([True, False, True])
+    for level, all_of_it, left in zip(found, whole, token_weights(found, loss_type), strict=True):
+        assert not left[1].any() and torch.equal(left > 0, level.mask & level.kept[:, None])
+        if loss_type == "dr_grpo":  # its divisor is a constant
+            assert torch.equal(left[0], all_of_it[0])
+        else:
+            assert (left[0][level.mask[0]] > all_of_it[0][level.mask[0]]).all()
+
+
+@pytest.mark.parametrize("loss_type", ["token", "level", "dr_grpo"])
+def test_importance_moves_weight_within_its_level(loss_type):
+    plain, found = token_weights(drawn_levels(), loss_type), drawn_levels()
+    found[1].importance = torch.rand(3, 10) + 0.1
+    text, image = token_weights(found, loss_type)
+    assert torch.equal(text, plain[0])
+    assert image.sum().item() == pytest.approx(plain[1].sum().item())
+    torch.testing.assert_close(image / image[0, 0], found[1].importance / found[1].importance[0, 0])
+
+
+def test_importance_of_a_share_of_the_tokens():
+    values = torch.tensor([[0.1, 0.5, 0.2, 0.9, 0.0], [3.0, 1.0, 2.0, 0.0, 0.0]])
+    assert torch.equal(token_importance(values, 1), values)
+    expected = torch.tensor([[0, 1.0, 0, 1, 0], [1, 0, 1, 0, 0]])
+    assert torch.equal(token_importance(values, 0.4), expected)
+    assert token_importance(values, 0.01).sum(1).tolist() == [1, 1]
+
+
+def test_guidance_moves_tokens_by_its_kl():
+    """Under guided draws its mean is KL(guided || conditional)."""
+    torch.manual_seed(0)
+    cond, uncond = torch.randn(2, 32).log_softmax(-1)
+    guided = (uncond + 2.0 * (cond - uncond)).log_softmax(-1)
+    drawn = torch.multinomial(guided.exp(), 200_000, replacement=True)
+    found = guidance_moves(cond[drawn], guided[drawn])
+    assert (found >= 0).all()
+    expected = (guided.exp() * (guided - cond)).sum()
+    assert found.mean().item() == pytest.approx(expected.item(), rel=0.03)
 
 
 # The loss against plain fp64

@@ -318,7 +318,7 @@ def test_the_option_changes_the_work_and_nothing_else(
         for level, weights in zip(levels, token_weights(levels, "token"), strict=True):
             level.weights, level.share = weights, share
         made = Experience(levels)
-        made.credit(advantages)
+        made.credit(dict.fromkeys(("semantic", "token"), advantages))
         return made
 
     totals, grads, tokens = {}, {}, {}
