@@ -147,8 +147,8 @@ def test_help_has_a_line_for_every_flag(capsys):
     lines = capsys.readouterr().out.splitlines()
     for name in TrainConfig.__dataclass_fields__:
         assert sum(line.startswith(f"  --{name}") for line in lines) >= 1, name
-    line = next(line for line in lines if line.startswith("  --loss_type"))
-    assert "{token, sequence, dr_grpo}" in line and "[token]" in line
+    line = next(line for line in lines if line.startswith("  --logprob_policy"))
+    assert "{conditional, guided, guided_detached}" in line and "[conditional]" in line
 
 
 def test_another_settings_class():
