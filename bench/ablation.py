@@ -28,23 +28,33 @@ from engine.prompts.data import load_prompts
 from engine.settings.errors import UserError, run_command
 from engine.settings.options import check_fields, nearest, option, parse_args
 
-# Chosen on the validation split. Every arm draws 64 pictures a step.
+# Every arm draws 64 pictures a step. Image tokens have a tenth of the plans' signal in their gradient.
+LEVELS = ["--loss_type", "level", "--level_weights", "semantic=1", "token=0.1"]
 IMAGES_OF_A_PLAN = ["--num_generations", "1", "--images_per_plan", "8"]
 ARMS: dict[str, list[str]] = {
     "semantic": ["--train_levels", "semantic"],
     "token": ["--train_levels", "token", *IMAGES_OF_A_PLAN, "--learning_rate", "2e-4"],
-    "both": [],
+    "both": LEVELS,
     "bare": ["--plans", "off", "--learning_rate", "2e-4"],
-    "one mean": ["--loss_type", "token"],
-    "equal levels": ["--level_weights", "semantic=1", "token=1"],
-    "nested": ["--advantages", "nested", "--num_generations", "4", "--images_per_plan", "2"],
-    "guidance": ["--token_weighting", "guidance"],
-    "guidance top": ["--token_weighting", "guidance", "--token_weighting_top", "0.2"],
-    "entropy": ["--token_weighting", "entropy"],
-    "guided": ["--logprob_policy", "guided"],
-    "skip": ["--dynamic_sampling", "skip"],
-    "no scale": ["--advantage_scale", "none"],
-    "by expert": ["--advantage_scale", "expert"],
+    "one mean": [],
+    "equal levels": ["--loss_type", "level"],
+    "nested": [
+        *LEVELS,
+        "--advantages",
+        "nested",
+        "--num_generations",
+        "4",
+        "--images_per_plan",
+        "2",
+    ],
+    "guidance": [*LEVELS, "--token_weighting", "guidance"],
+    "guidance top": [*LEVELS, "--token_weighting", "guidance", "--token_weighting_top", "0.2"],
+    "entropy": [*LEVELS, "--token_weighting", "entropy"],
+    "guided": [*LEVELS, "--logprob_policy", "guided"],
+    "skip": [*LEVELS, "--dynamic_sampling", "skip"],
+    "resample": [*LEVELS, "--dynamic_sampling", "resample"],
+    "no scale": [*LEVELS, "--advantage_scale", "none"],
+    "by expert": [*LEVELS, "--advantage_scale", "expert"],
 }
 PAPER = ("semantic", "token", "both", "bare")
 RIDDLES = "riddle"  # the task type that needs the plan
@@ -61,7 +71,7 @@ class Config:
     arms: list[str] = option(PAPER, f"what to compare: {', '.join(ARMS)}")
     seeds: list[int] = option((0, 1, 2), "seeds of each arm", at_least=0)
     split: Literal["heldout", "validation"] = option("heldout", "prompts that are scored")
-    flags: str = option("", "more flags of every run, in one argument")
+    flags: str = option("", 'more flags of every run, as --flags="--beta 0"')
     jobs: int = option(1, "runs at a time; of several, each has one thread", at_least=1)
     max_steps: int = option(0, "training steps; 0: the trainer's default", at_least=0)
     output_dir: str = option("runs/ablation", "folder that holds the run folders")

@@ -30,9 +30,10 @@ HEAD = """# Recipes
 
 What fits which card, made by `python -m bench.recipes` from `recipes/*.yaml`. The plan is that of
 `python -m engine.train --plan --config RECIPE`, which counts a prompt's tokens by the checkpoint's
-own tokenizer; here a token stands for four letters. **No card has run these**, and on a CPU the plan has
-been low for LoRA: 0.80 to 0.85 of the measured peak at 135M weights, 7.7 GiB for 11.8 at 1B; full
-fine-tuning was within 6 percent (`python -m bench memory --json` measures it).
+own tokenizer; here a token stands for four letters. **No card has run these.** On a CPU the plan
+was 0.92 to 1.02 of the measured peak on twelve rows from 135M to 553M weights, full and LoRA, with
+checkpointing and without (`python -m bench memory --json`, bench/results/memory.json), and 0.91 of it for a
+LoRA step of a Janus-Pro-1B of true shape (7.7 GiB for 8.5).
 Reward experts come on top: on a second card (`--reward_device cuda:1`), or one at a time
 (`--reward_offload`).
 

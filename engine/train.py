@@ -8,8 +8,7 @@ The method is T2I-R1's (arXiv:2505.00703). Where the engine departs from it, and
   ratio moves. T2I-R1's ratio is exp(logp - logp.detach()), always 1.
 * The distribution that was sampled can be the one that is trained (--logprob_policy guided).
   T2I-R1 samples guided and trains the conditional one, which stays the default.
-* Text and image tokens share one mean (--loss_type token), as published, but in the embedded world,
-  where each level has its own (--loss_type level, --level_weights): see docs/ablation.md.
+* Text and image tokens share one mean (--loss_type token), as published; or each level has its own.
 * The image level never runs the text head; aligner(codebook) is a table.
 * The detector's slips of the published code (see rewards/detection.py) are not repeated.
 """

@@ -14,15 +14,8 @@ from engine.settings.options import check_fields, option
 from engine.settings.rewards import RewardConfig
 
 # Settings whose default, none until then, depends on the model: the embedded one's, T2I-R1's.
-BY_MODEL: dict[str, tuple[float | str, float | str]] = {
-    "max_steps": (80, 1600),
-    "beta": (0.1, 0.01),
-    "learning_rate": (4e-4, 1e-6),
-    "loss_type": ("level", "token"),
-}
+BY_MODEL = {"max_steps": (80, 1600), "beta": (0.1, 0.01), "learning_rate": (4e-4, 1e-6)}
 LEVELS = ("semantic", "token")
-# Of the embedded world, whose image level has a tenth of the plans' signal in its gradient.
-TINY_LEVEL_WEIGHTS = ["semantic=1", "token=0.1"]
 
 
 @dataclass(kw_only=True, slots=True)
@@ -52,8 +45,8 @@ class TrainConfig(RewardConfig):
     reasoning_prompt_path: str | None = option(None, "file with the instruction to plan; {} is the prompt")
     train_levels: list[Literal["semantic", "token"]] = option(("semantic", "token"), "chains of thought that get a gradient", group="objective")
     logprob_policy: Literal["conditional", "guided", "guided_detached"] = option("conditional", "image log-prob that is trained")
-    loss_type: Literal["token", "level", "sequence", "dr_grpo"] = option(None, "mean over all tokens, over each level's, per sequence, or Dr. GRPO's constant; none: level for tiny, else T2I-R1's token")
-    level_weights: list[str] = option((), "weight of a level's loss: semantic=1 token=0.1; none: 1, for tiny those")
+    loss_type: Literal["token", "level", "sequence", "dr_grpo"] = option("token", "mean over all tokens (T2I-R1), over each level's, per sequence, or Dr. GRPO's constant")
+    level_weights: list[str] = option((), "weight of a level's loss: semantic=1 token=0.1; a level that is not named: 1")
     level_beta: list[str] = option((), "beta of a level, where it is another: token=0.05")
     level_clip_low: list[str] = option((), "clip_low of a level, where it is another")
     level_clip_high: list[str] = option((), "clip_high of a level, where it is another")
@@ -131,8 +124,6 @@ class TrainConfig(RewardConfig):
             raise UserError(
                 f"train_levels must name at least one{without}, each once, got {levels}"
             )
-        if not self.level_weights and self.model == "tiny" and self.loss_type == "level":
-            self.level_weights = list(TINY_LEVEL_WEIGHTS)
         for name in ("level_weights", "level_beta", "level_clip_low", "level_clip_high"):
             _by_level(name, getattr(self, name))
         if not any(self.at_level("weights", level) for level in levels):

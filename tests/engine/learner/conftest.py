@@ -21,12 +21,7 @@ BOTH = ["semantic", "token"]
 
 
 def make_config(**overrides) -> TrainConfig:
-    return TrainConfig(
-        **(
-            {"cfg_weight": CFG, "max_completion_length": 6, "beta": 0.0, "loss_type": "token"}
-            | overrides
-        )
-    )
+    return TrainConfig(**({"cfg_weight": CFG, "max_completion_length": 6, "beta": 0.0} | overrides))
 
 
 @pytest.fixture

@@ -127,9 +127,5 @@ def test_settings_by_level():
     made = config(level_weights=["token=0.3"], level_clip_high=["semantic=0.4"], beta=0.2)
     assert made.at_level("weights", "token") == 0.3 and made.at_level("weights", "semantic") == 1
     assert made.at_level("clip_high", "semantic") == 0.4 and made.at_level("beta", "token") == 0.2
-    # The embedded world's own, unless another loss or weights are asked for.
-    assert config().at_level("weights", "token") == 0.1
-    assert config(loss_type="token").at_level("weights", "token") == 1
-    assert TrainConfig(model="x").loss_type == "token" and not TrainConfig(model="x").level_weights
     bare = config(plans="off")
     assert bare.train_levels == ["token"]
