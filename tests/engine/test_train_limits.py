@@ -125,7 +125,9 @@ def test_a_constant_reward_stops_the_run_and_is_named(tmp_path, own_reward, monk
     rows = metrics(tmp_path / "c")
     assert [row["zero_std_groups"] for row in rows] == [1.0] * 3
     assert (tmp_path / "c" / "checkpoints" / "step-000003").is_dir()
-    train(small(tmp_path, "on", "--reward_funcs=own:Same", "--max_zero_std_steps=0"))
+    train(
+        small(tmp_path, "on", "--max_steps=9", "--reward_funcs=own:Same", "--max_zero_std_steps=0")
+    )
 
 
 def test_groups_without_variance_are_counted():
