@@ -4,12 +4,18 @@ Providers: `ours` is engine.rollout.sample_images; `eager_loop` is the published
 (bench/rollout/eager_loop.py) in chunks of 32 rows as published; `eager_unsplit` is it with all rows at
 once. Same weights, prompts, number of images, threads and process; every repeat runs each in turn.
 Before it is timed, each engine must agree with the other about greedy and sampled tokens.
+
+With --dtype bfloat16 the agreement is that of the project's ops: our log-probs may be twice as far from an
+fp32 loop on the same weights as the bf16 loop's are. `eager_fp32` is that fp32 loop, the faster peer on a
+CPU that has no 16-bit products.
 """
 
+import copy
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -37,6 +43,7 @@ class Config:
     repeats: int = option(5, "timed runs of each provider on the tiny model", at_least=1)
     mini_repeats: int = option(2, "timed runs of each provider on the mini model", at_least=1)
     skip_mini: bool = option(False, "leave the mini model out")
+    dtype: Literal["float32", "bfloat16"] = option("float32", "type of the weights")
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -44,12 +51,13 @@ class Config:
 
 def run(config: Config) -> dict:
     """The suite's {"rows", "ratios", "correct"}."""
-    policy = load_policy("tiny", dtype=torch.float32)
+    dtype = getattr(torch, config.dtype)
+    policy = load_policy("tiny", dtype=dtype)
     distinct = distinct_prompts(policy, min(config.prompts or config.images, config.images), 40)
     prompts = [distinct[i * len(distinct) // config.images] for i in range(config.images)]
     rows, ratios = compare(policy, prompts, "tiny", repeats=config.repeats, checked=20)
     if not config.skip_mini:
-        policy = mini_policy()
+        policy = mini_policy().to(dtype)
         prompts = distinct_prompts(policy, 8, 96)
         mini_rows, mini_ratios = compare(
             policy, prompts, "mini", repeats=config.mini_repeats, checked=1, unsplit=False
@@ -121,8 +129,16 @@ def compare(
     chunks: dict[str, int | None] = {"eager_loop": PUBLISHED_ROWS}
     if unsplit:
         chunks["eager_unsplit"] = None
-    few = prompts[:checked]
-    agreement = {peer: disagreement(policy, loop, few, rows) for peer, rows in chunks.items()}
+    few, loops = prompts[:checked], dict.fromkeys(chunks, loop)
+    if policy.dtype == torch.float32:
+        agreement = {peer: disagreement(policy, loop, few, rows) for peer, rows in chunks.items()}
+    else:
+        exact = EagerLoop(copy.deepcopy(policy).float())
+        agreement = {
+            peer: (excess(policy, loop, exact, few, rows),) for peer, rows in chunks.items()
+        }
+        chunks["eager_fp32"], loops["eager_fp32"] = PUBLISHED_ROWS, exact
+        agreement["eager_fp32"] = (0.0,)  # it is what the others are held to
     correct = {peer: all(e <= 1 for e in errors) for peer, errors in agreement.items()}
     # Ours is checked against every peer, so it is wrong if any of them disagrees.
     correct = {"ours": all(correct.values()), **correct}
@@ -130,7 +146,7 @@ def compare(
         "ours": lambda seed: sample_images(policy, prompts, cfg_weight=CFG_WEIGHT, seed=seed)
     }
     for peer, rows in chunks.items():
-        providers[peer] = lambda seed, rows=rows: loop.sample(
+        providers[peer] = lambda seed, rows=rows, loop=loops[peer]: loop.sample(
             prompts, cfg_weight=CFG_WEIGHT, chunk_rows=rows
         )
     seconds = _time(providers, repeats, warm_up=unsplit)
@@ -179,6 +195,32 @@ def disagreement(
         (scored.logprobs - drawn.logprobs, scored.guided_logprobs - drawn.guided_logprobs)
     )
     return gap / TIE, errors.abs().max().item() / LOGPROB_TOLERANCE
+
+
+def excess(
+    policy: Policy,
+    loop: EagerLoop,
+    exact: EagerLoop,
+    prompts: list[Tensor],
+    chunk_rows: int | None,
+) -> float:
+    """How far our 16-bit log-probs are from an fp32 loop's, as a share of what is allowed.
+
+    That is twice what the 16-bit loop is off by, on average over our drawn tokens.
+    """
+    drawn = sample_images(policy, prompts, cfg_weight=CFG_WEIGHT, seed=1)
+    scored, held = (
+        one.score(prompts, drawn.ids, cfg_weight=CFG_WEIGHT, chunk_rows=chunk_rows)
+        for one in (loop, exact)
+    )
+    worst = 0.0
+    for name in ("logprobs", "guided_logprobs"):
+        truth = getattr(held, name)
+        ours, theirs = (
+            (getattr(found, name).float() - truth).abs().mean().item() for found in (drawn, scored)
+        )
+        worst = max(worst, ours / (2 * theirs))
+    return worst
 
 
 def _time(

@@ -1,5 +1,6 @@
 """The bench command's JSON and its checks."""
 
+import copy
 import json
 import subprocess
 import sys
@@ -72,3 +73,21 @@ def test_eager_loop_samples_every_image_once(policy, loop):
     ids = loop.sample(prompts, chunk_rows=4)
     assert ids.shape == (3, policy.image_tokens)
     assert 0 <= ids.min() and ids.max() < policy.config.vq_config.num_embeddings
+
+
+def test_rollout_suite_in_16_bits(capsys):
+    flags = ["--dtype", "bfloat16", "--skip_mini", "--images", "2", "--repeats", "1"]
+    main(["rollout", "--json", *flags])
+    report = json.loads(capsys.readouterr().out)
+    assert report["correct"] is True
+    assert set(report["ratios"]) == {"vs_eager_loop", "vs_eager_unsplit", "vs_eager_fp32"}
+
+
+def test_16_bit_rollouts_that_are_off_are_seen():
+    policy = load_policy("tiny", dtype=torch.bfloat16)
+    loop, exact = EagerLoop(policy), EagerLoop(copy.deepcopy(policy).float())
+    prompts = rollout.distinct_prompts(policy, 2, 9)
+    assert rollout.excess(policy, loop, exact, prompts, None) <= 1
+    with torch.no_grad():
+        policy.model.language_model.layers[-1].mlp.down_proj.weight.mul_(1.2)
+    assert rollout.excess(policy, loop, exact, prompts, None) > 1
