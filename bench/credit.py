@@ -20,6 +20,7 @@ A row a model: two models side by side by --models A B. Nothing is trained, no c
 
 # ruff: noqa: RUF009  `option` makes a dataclasses.field, which ruff cannot know
 
+import importlib.util
 import itertools
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +40,7 @@ from engine.learner.optimizer import sampled
 from engine.policy import load_policy
 from engine.prompts.conversation import Conversation
 from engine.prompts.data import Row, load_prompts, load_template
+from engine.settings.errors import UserError
 from engine.settings.options import check_fields, option
 from engine.settings.rewards import RewardConfig
 from engine.settings.train import TrainConfig
@@ -65,6 +67,8 @@ class Config(RewardConfig):
     def __post_init__(self) -> None:
         check_fields(self)
         self.check_rewards()
+        if self.picture and importlib.util.find_spec("matplotlib") is None:
+            raise UserError('--picture: needs pip install "t2i-engine[bench]" (matplotlib)')
 
 
 def run(config: Config) -> dict[str, Any]:

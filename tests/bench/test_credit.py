@@ -9,6 +9,7 @@ import torch
 
 from bench import __main__ as bench
 from bench import credit
+from engine.settings.errors import UserError
 from engine.tiny.world import plan_text, read_plan
 
 
@@ -55,14 +56,26 @@ def test_a_plan_is_read_back():
         assert read_plan(wrong) is None
 
 
-def test_the_suite_on_the_embedded_model(capsys, tmp_path):
-    flags = ["--count", "2", "--plans", "2", "--images", "4", "--picture", str(tmp_path / "c.png")]
+def test_the_suite_on_the_embedded_model(capsys):
+    flags = ["--count", "2", "--plans", "2", "--images", "4"]
     bench.main(["credit", "--json", *flags])
     (row,) = json.loads(capsys.readouterr().out)["rows"]
     assert row["best_of_4"] >= row["best_of_2"] - 0.3 and 0 <= row["share_between_plans"] <= 1
     assert 0 <= row["rendered"] <= 1 and 1 <= row["distinct_plans"] <= 2
     assert math.isfinite(row["signal_plans"]) and math.isfinite(row["signal_images"])
-    assert row["distance_within_plan"] < 1 and (tmp_path / "c.png").stat().st_size > 1000
+    assert row["distance_within_plan"] < 1
     bench.main(["credit", "--json", "--count", "1", "--plans", "0", "--images", "2"])
     (row,) = json.loads(capsys.readouterr().out)["rows"]
     assert "rendered" not in row and "signal_images" in row and "signal_plans" not in row
+
+
+def test_a_picture_of_the_curves(tmp_path, monkeypatch):
+    path = tmp_path / "c.png"
+    with monkeypatch.context() as patch:
+        patch.setattr(credit.importlib.util, "find_spec", lambda name: None)
+        with pytest.raises(UserError, match=r"--picture: needs pip install .*\[bench\]"):
+            credit.Config(picture=str(path))
+    pytest.importorskip("matplotlib")
+    row = {"provider": "a", "score": 0.4, "best_of_2": 0.5, "best_of_4": 0.6, "rendered": 0.7}
+    credit.draw_curves([row], 4, path)
+    assert path.stat().st_size > 1000

@@ -90,7 +90,8 @@ def test_groups_without_variance_can_be_left_out(tmp_path, monkeypatch):
 
     found = {}
     for choice in ("off", "skip"):
-        config = small(tmp_path, choice, "--num_generations=4", f"--dynamic_sampling={choice}")
+        flags = ("--num_generations=4", "--loss_type=level", f"--dynamic_sampling={choice}")
+        config = small(tmp_path, choice, *flags)
         trainer = Trainer(config, ROWS, ROWS)
         trainer.ensemble.experts[0] = Half()
         trainer.ensemble.weights = {"half": 1.0}
