@@ -30,12 +30,18 @@ from engine.settings.options import check_fields, option, parse_args
 from engine.tiny import supervised, vq
 from engine.tiny.prompts import corpus, make_splits, write_rows
 from engine.tiny.tokenizer import train_tokenizer
-from engine.weights.read import write_policy
+from engine.weights.read import folder_of, write_policy
 
 STAGES = ("data", "tokenizer", "vq", "examples", "clean", "noisy", "clip")
 Stage = Literal["data", "tokenizer", "vq", "examples", "clean", "noisy", "clip"]
 WIDTH, LAYERS, HEADS, INTERMEDIATE, CONTEXT = 128, 5, 4, 384, 256
 GUIDANCE = 1.5  # as strong as this model bears: its distributions are sharp already
+STARTED_WITH = (  # of another policy's folder, beside its weights
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "prompt_template.json",
+    "generation_config.json",
+)
 INSTRUCTION = {"system": "", "reasoning": "plan: {}"}
 
 
@@ -47,6 +53,7 @@ class PretrainConfig:
     out: str = option(str(Path(__file__).parent), "folder that gets data/ and weights/")
     work: str = option("runs/pretrain", "folder for what is not kept")
     stages: list[Stage] = option(STAGES, "what to make")
+    start: str | None = option(None, "policy folder, or tiny: its image tokenizer and weights are the work folder's, as if the stages vq and clean had made them")
     seed: int = option(0, "seed of everything", at_least=0)
     threads: int = option(0, "CPU threads; 0: torch's choice", at_least=0)
     vq_steps: int = option(2600, "training steps of the image tokenizer", at_least=1)
@@ -125,6 +132,12 @@ class Pretraining:
         self.work = Path(config.work)
         for folder in (self.data, self.policy_folder, self.work):
             folder.mkdir(parents=True, exist_ok=True)
+        if config.start is not None:
+            policy, folder = load_policy(config.start), folder_of(config.start)
+            save_file(policy.model.vqmodel.state_dict(), self.work / "vq.safetensors")
+            write_policy(policy, self.work / "clean", companions=folder)
+            for name in STARTED_WITH:
+                atomic_write_text(self.policy_folder / name, (folder / name).read_text())
 
     def report(self, **found: Any) -> None:
         """Add to report.json."""

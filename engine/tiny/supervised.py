@@ -172,6 +172,7 @@ def train(
     conversation = Conversation(policy, template)
     started = time.monotonic()
     source = batches(examples, schedule.batch_size, rng)
+    text = torch.full((), float("nan"))  # until the first step that trains it
     for step in range(1, steps + 1):
         batch = next(source)
         optimizer.zero_grad(set_to_none=True)
