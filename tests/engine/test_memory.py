@@ -219,10 +219,8 @@ def test_a_run_that_cannot_fit_is_refused_with_the_numbers(published, tmp_path, 
 def test_micro_batch_is_the_largest_that_fits(published, monkeypatch):
     _, folder = published
     config = TrainConfig(model=str(folder), beta=0, device="cpu", gradient_checkpointing=True)
-    peaks = [
-        fits.memory_of(config, torch.bfloat16, micro_batch_size=n, rollout_size=1).peak / fits.SPARE
-        for n in range(1, 65)
-    ]
+    run = fits._run(config, torch.bfloat16)
+    peaks = [fits._needed(run, n, 1).peak / fits.SPARE for n in range(1, 65)]
     for room, expected in ((peaks[63] + 1, 64), (peaks[31] + 1, 32), (1, 1)):
         monkeypatch.setattr(fits, "device_memory", lambda device, room=room: (device, room))
         assert fits.fitting_micro_batch(config, torch.bfloat16) == expected
