@@ -25,6 +25,7 @@ from typing import Any, Literal
 
 from bench import machine
 from engine.prompts.data import load_prompts
+from engine.run.checkpoint import atomic_write_text
 from engine.settings.errors import UserError, run_command
 from engine.settings.options import check_fields, nearest, option, parse_args
 
@@ -90,11 +91,15 @@ def main(argv: list[str]) -> None:
     """Run what is missing, then write the table and print the figures."""
     config = parse_args(Config, argv, description=__doc__.splitlines()[0])
     root = Path(config.output_dir)
+    if config.split != "heldout":
+        root /= config.split  # its finished runs are none of the other split's
     root.mkdir(parents=True, exist_ok=True)
     more = [*shlex.split(config.flags), *(_validation(root) if config.split != "heldout" else [])]
     runs = [(arm, seed) for arm in config.arms for seed in config.seeds]
     with ThreadPoolExecutor(config.jobs) as pool:
-        failed = [run for run in pool.map(lambda run: _train(config, more, *run), runs) if run]
+        failed = [
+            run for run in pool.map(lambda run: _train(config, root, more, *run), runs) if run
+        ]
     if failed:
         raise UserError(f"runs failed: {', '.join(failed)} (see train.log in their folders)")
     results = {
@@ -107,7 +112,7 @@ def main(argv: list[str]) -> None:
     if config.out:
         out = Path(config.out)
         out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(page)
+        atomic_write_text(out, page)
         print(f"wrote {out}", file=sys.stderr)
     else:
         print(page, file=sys.stderr)
@@ -129,19 +134,19 @@ def _validation(root: Path) -> list[str]:
     }
     for name, part in parts.items():
         text = "".join(json.dumps(row) + "\n" for row in part)
-        (root / f"{name}.jsonl").write_text(text)
+        atomic_write_text(root / f"{name}.jsonl", text)
     files = {name: str(root / f"{name}.jsonl") for name in parts}
     return ["--dataset_name", files["fit"], "--eval_dataset_name", files["validation"]]
 
 
-def _train(config: Config, more: list[str], arm: str, seed: int) -> str | None:
+def _train(config: Config, root: Path, more: list[str], arm: str, seed: int) -> str | None:
     """One training run in its own process. Returns its name where it failed."""
     name = run_name(arm, seed)
-    folder = Path(config.output_dir) / name
+    folder = root / name
     if (folder / "summary.json").exists():
         print(f"{name}: done before", file=sys.stderr)
         return None
-    command = [sys.executable, "-m", "engine.train", "--output_dir", config.output_dir]
+    command = [sys.executable, "-m", "engine.train", "--output_dir", str(root)]
     command += ["--run_name", name, "--seed", str(seed), *ARMS[arm], *more]
     if config.max_steps:
         command += ["--max_steps", str(config.max_steps)]
@@ -199,26 +204,24 @@ def compare(results: Results) -> dict[str, Any]:
         found[name], found[f"{name}_by_seed"] = statistics.fmean(by_seed), by_seed
         found[f"{name}_se"] = statistics.stdev(by_prompt) / math.sqrt(len(by_prompt))
 
-    def change(result: dict[str, Any], prompt: str) -> float:
-        return result["rows"]["after"][prompt] - result["rows"]["before"][prompt]
+    def by_prompt(one: dict[str, float], other: dict[str, float]) -> list[float]:
+        return [one[prompt] - other[prompt] for prompt in one]
+
+    def over_seeds(each: list[list[float]]) -> list[float]:
+        return [statistics.fmean(values) for values in zip(*each, strict=True)]
 
     for arm, runs in results.items():
-        prompts = next(iter(runs.values()))["rows"]["before"]
-        each = [statistics.fmean(change(r, p) for r in runs.values()) for p in prompts]
-        put(f"{arm.replace(' ', '_')}_gain", [gain(r) for r in runs.values()], each)
-        for other in ("both",) if arm != "both" and "both" in results else ():
-            pairs = [(results[other][seed], run) for seed, run in runs.items()]
+        name, scored = arm.replace(" ", "_"), [run["rows"] for run in runs.values()]
+        changes = [by_prompt(rows["after"], rows["before"]) for rows in scored]
+        put(f"{name}_gain", [gain(run) for run in runs.values()], over_seeds(changes))
+        if arm != "both" and "both" in results:
+            # After training: before it, arms that plan are the same, and one that does not has
+            # another start.
+            pairs = [(results["both"][seed], run) for seed, run in runs.items()]
             put(
-                f"{other}_minus_{arm.replace(' ', '_')}",
-                [gain(a) - gain(b) for a, b in pairs]
-                if arm != "bare"
-                else [a["eval"]["after"]["mean"] - b["eval"]["after"]["mean"] for a, b in pairs],
-                [
-                    statistics.fmean(
-                        a["rows"]["after"][p] - b["rows"]["after"][p] for a, b in pairs
-                    )
-                    for p in prompts
-                ],
+                f"both_minus_{name}",
+                [a["eval"]["after"]["mean"] - b["eval"]["after"]["mean"] for a, b in pairs],
+                over_seeds([by_prompt(a["rows"]["after"], b["rows"]["after"]) for a, b in pairs]),
             )
     return found
 
@@ -262,7 +265,7 @@ def render(
         lines.append(f"| {arm} | " + " | ".join(f"{g:+.3f}" for g in gains) + " |")
     differences = [n for n in figures if "_minus_" in n and not n.endswith(("_se", "_by_seed"))]
     if differences:
-        lines += ["", "Paired differences (of `bare`: of the scores after training):", ""]
+        lines += ["", "Paired differences of the scores after training:", ""]
         lines += [
             f"* {name.replace('_', ' ')}: {_with_error(figures, name)}" for name in differences
         ]

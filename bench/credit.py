@@ -21,7 +21,6 @@ A row a model: two models side by side by --models A B. Nothing is trained, no c
 # ruff: noqa: RUF009  `option` makes a dataclasses.field, which ruff cannot know
 
 import importlib.util
-import itertools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +29,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.evaluate.judge import judge_scores
+from engine.evaluate.judge import judge_scores, pair_distance
 from engine.experts import build_ensemble, reward_paths
 from engine.generate.pictures import Settings, generate, longest_plan
 from engine.learner.credit import credit
@@ -39,7 +38,7 @@ from engine.learner.objective import level_loss
 from engine.learner.optimizer import sampled
 from engine.policy import load_policy
 from engine.prompts.conversation import Conversation
-from engine.prompts.data import Row, load_prompts, load_template
+from engine.prompts.data import Row, load_prompts, load_template, spread
 from engine.settings.errors import UserError
 from engine.settings.options import check_fields, option
 from engine.settings.rewards import RewardConfig
@@ -75,8 +74,7 @@ def run(config: Config) -> dict[str, Any]:
     """Draw, score and analyse with every model."""
     rows = load_prompts(config.prompts)
     if config.count:
-        count = min(config.count, len(rows))
-        rows = [rows[i * len(rows) // count] for i in range(count)]
+        rows = spread(rows, config.count)
     found = [diagnose(model, rows, config) for model in config.models]
     if config.picture:
         draw_curves(found, config.images, Path(config.picture))
@@ -171,20 +169,11 @@ def _rendered(plans: list[str], row: Row, readable: bool) -> float:
 
 def _distances(pixels: Tensor, plans: int) -> dict[str, float]:
     """Mean absolute differences of pictures (plans * images, 3, H, W), within a plan and between."""
-    by_plan = pixels.float().flatten(1).view(plans, -1, pixels[0].numel())
-    within = [
-        (group[i] - group[j]).abs().mean()
-        for group in by_plan
-        for i, j in itertools.combinations(range(min(4, len(group))), 2)
-    ]
-    between = [
-        (by_plan[i, 0] - by_plan[j, 0]).abs().mean()
-        for i, j in itertools.combinations(range(plans), 2)
-    ]
-    found = {"distance_within_plan": float(torch.stack(within).mean())}
-    return found | (
-        {"distance_between_plans": float(torch.stack(between).mean())} if between else {}
-    )
+    by_plan = pixels.float().view(plans, -1, *pixels.shape[1:])
+    found = {"distance_within_plan": pair_distance(by_plan[:, :4])}
+    if plans > 1:
+        found["distance_between_plans"] = pair_distance(by_plan[None, :, 0])
+    return found
 
 
 def _summary(by_prompt: list[dict[str, Any]], config: Config) -> dict[str, float]:

@@ -36,7 +36,7 @@ from engine.memory import describe, require_memory
 from engine.model.adapter import adapter_dropout, attach_adapter, require_peft
 from engine.policy import load_policy, save_policy
 from engine.prompts.conversation import Conversation
-from engine.prompts.data import PromptSampler, Row, load_prompts, load_template
+from engine.prompts.data import PromptSampler, Row, load_prompts, load_template, spread
 from engine.report.__main__ import write_report
 from engine.run.checkpoint import atomic_write_text, latest_checkpoint
 from engine.run.folder import name_run, open_run, stop_on_signal
@@ -247,9 +247,7 @@ def train(config: TrainConfig) -> None:
     started = time.monotonic()
     rows, eval_rows = load_prompts(config.dataset_name), load_prompts(config.eval_dataset)
     if config.eval_prompts:
-        # Spread over the file: its task types come one after the other.
-        count = min(config.eval_prompts, len(eval_rows))
-        eval_rows = [eval_rows[i * len(eval_rows) // count] for i in range(count)]
+        eval_rows = spread(eval_rows, config.eval_prompts)
     require_memory(config)
     name_run(config)
     result = inside(config.run_dir, "adapter" if config.use_peft else "policy")

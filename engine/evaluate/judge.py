@@ -56,8 +56,8 @@ def evaluate(
         pictures: folder that gets the first pictures of each task type as PNG; None: none.
         progress: called with (pictures done, pictures in all) after each batch; may raise.
     Returns: summary {"mean", "by_task": {task: {"mean", "n"}}, "rewards": {expert: mean},
-        "reward", "scored_by", "diversity"}, and one record a picture. `mean` is the judge's score averaged
-        over task types; for pictures that are not the tiny world's, the ensemble's reward.
+        "reward", "scored_by", "diversity"}, and one record a picture. `mean` is the judge's score
+        averaged over task types; for pictures that are not the tiny world's, the ensemble's reward.
     """
     every = [row for row in rows for _ in range(generations)]
     records: list[dict[str, Any]] = []
@@ -128,12 +128,15 @@ def diversity(plans: list[str], pixels: torch.Tensor, generations: int) -> dict[
         pictures of a prompt, which share neither plan nor noise. Means over the prompts.
     """
     groups = [plans[i : i + generations] for i in range(0, len(plans), generations)]
-    pictures = pixels.view(len(groups), generations, -1)
-    pairs = [
-        (pictures[:, i] - pictures[:, j]).abs().mean()
-        for i, j in itertools.combinations(range(min(generations, 8)), 2)
-    ]
+    pictures = pixels.view(len(groups), generations, *pixels.shape[1:])
     return {
         "distinct_plans": sum(len(set(g)) for g in groups) / len(plans),
-        "pixel_distance": float(torch.stack(pairs).mean()),
+        "pixel_distance": pair_distance(pictures[:, :8]),
     }
+
+
+def pair_distance(pictures: torch.Tensor) -> float:
+    """The mean absolute difference of two pictures of a group, of (groups, members >= 2, ...)."""
+    pairs = itertools.combinations(range(pictures.shape[1]), 2)
+    found = [(pictures[:, i] - pictures[:, j]).abs().mean() for i, j in pairs]
+    return float(torch.stack(found).mean())

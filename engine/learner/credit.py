@@ -42,24 +42,23 @@ def credit(scores: Scores, weights: Mapping[str, float], config: TrainConfig) ->
             total = torch.zeros_like(rewards)
             for name, values in scores.by_expert.items():
                 own = _compared(values, level, config)
-                total += (
-                    weights.get(name, 1.0)
-                    * centred(own, config.advantage_baseline)
-                    / (own.std(1, keepdim=True) + EPS)
-                )
+                total += weights.get(name, 1.0) * scaled(own, "std", config.advantage_baseline)
             found = total / (_pooled(total) + EPS)
         else:
             found = scaled(rewards, config.advantage_scale, config.advantage_baseline)
-        differ = (rewards != rewards[:, :1]).any(1, keepdim=True).expand_as(rewards)
         advantages[level] = _by_sample(found, level, config)
-        varied[level] = _by_sample(differ, level, config)
+        varied[level] = _by_sample((~all_same(rewards))[:, None].expand_as(rewards), level, config)
     return Credit(advantages, varied)
 
 
+def all_same(groups: Tensor) -> Tensor:
+    """(groups,) bool: the rewards (groups, members) of which are all the same and teach nothing."""
+    return (groups == groups[:, :1]).all(1)
+
+
 def zero_std_groups(rewards: Tensor, group_size: int) -> float:
-    """The share of the groups whose rewards (B,) are all the same, so that they teach nothing."""
-    groups = rewards.float().view(-1, group_size)
-    return float((groups == groups[:, :1]).all(1).float().mean())
+    """The share of the groups whose rewards (B,) are all the same."""
+    return float(all_same(rewards.float().view(-1, group_size)).float().mean())
 
 
 def _compared(rewards: Tensor, level: str, config: TrainConfig) -> Tensor:

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 
 from engine.generate.pictures import Generation
+from engine.learner.credit import all_same
 from engine.prompts.data import Row
 from rewards import RewardPipeline, Scores
 
@@ -30,9 +31,8 @@ def resample(
     """
     count = 0
     for attempt in range(1, ATTEMPTS + 1):
-        groups = scores.total.view(-1, group_size)
-        same = (groups == groups[:, :1]).all(1).repeat_interleave(group_size)
-        rows = same.nonzero()[:, 0]
+        same = all_same(scores.total.view(-1, group_size))
+        rows = same.repeat_interleave(group_size).nonzero()[:, 0]
         if not len(rows):
             break
         asked = [batch[i] for i in rows.tolist()]

@@ -18,6 +18,7 @@ __all__ = [
     "Row",
     "load_prompts",
     "load_template",
+    "spread",
 ]
 
 REASONING_FILE = Path(__file__).parent / "reasoning.txt"
@@ -26,6 +27,12 @@ SYSTEM = (
     "You are a helpful assistant that understands both language and pictures, "
     "and answers in natural language."
 )
+
+
+def spread(rows: list[Row], count: int) -> list[Row]:
+    """`count` rows, or all if there are fewer, from all over a file: its task types are in runs."""
+    count = min(count, len(rows))
+    return [rows[i * len(rows) // count] for i in range(count)]
 
 
 @dataclass(frozen=True, slots=True)
